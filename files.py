@@ -1,0 +1,77 @@
+"""Writing so that nothing half-written stays, reading only inside the folder that was meant."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import InputError, SafetyExpertsError
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it onto `path` on success, remove it on any failure.
+
+    Raises:
+        SafetyExpertsError: the disk is full or the folder cannot be written to.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # The suffix is kept: Pillow and others choose the format by it.
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:40]}-", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only the owner can read
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _as_user_error(error, target) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _as_user_error(error: OSError, target: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SafetyExpertsError(f"disk full while writing {target}: free some space or choose another folder")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return SafetyExpertsError(f"cannot write {target}: {error.strerror}; choose a folder you may write to")
+    return SafetyExpertsError(f"cannot write {target}: {error.strerror or error}; check the path and the disk")
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Return the lower-case hex sha256 of a file's bytes.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"no such file: {path}; check the name") from error
+    return digest.hexdigest()
+
+
+def path_inside(folder: str | os.PathLike, relative: str) -> Path:
+    """Join `relative` (from a workflow, a request or a data file) to `folder`, refusing to leave it.
+
+    Raises:
+        InputError: the result lies outside `folder`, also by way of links.
+    """
+    root = Path(folder).resolve()
+    joined = (root / relative).resolve()
+    if not joined.is_relative_to(root):
+        raise InputError(f"{relative!r} leaves the folder {root}; use a name inside it")
+    return joined
