@@ -1,0 +1,1 @@
+"""What changed, with numbers and pictures. Knows nothing of ComfyUI."""

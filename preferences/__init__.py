@@ -1,0 +1,1 @@
+"""Prompt pairs, the preference dataset on disk, import and export. Knows nothing of models or ComfyUI."""

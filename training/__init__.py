@@ -1,0 +1,1 @@
+"""Objectives, checkpoints, denoiser, cache, LoRA, trainer, recipes: the DPO maths. Knows nothing of ComfyUI."""
