@@ -1,0 +1,74 @@
+"""One interface over model families: how latents are noised, what is predicted, what conditions the prediction."""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Conditions = Mapping[str, Tensor]  # name -> [b, ...], all rows aligned with the latents
+
+
+class Denoiser(Protocol):
+    """What a trainer needs of a model. Latents, noise and predictions are [b, c, h, w], timesteps [b] int64."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
+
+
+class UNetDenoiser:
+    """SD1.x, SD2.x and SDXL UNets under the discrete DDPM schedule, predicting noise or velocity.
+
+    Args:
+        unet: a diffusers UNet2DConditionModel.
+        alphas_cumprod: [T] float32.
+        prediction_type: "epsilon" (target = noise) or "v_prediction" (target = sqrt(a) noise - sqrt(1-a) latents).
+        autocast_dtype: compute dtype, or None to compute in the weights' own.
+    """
+
+    def __init__(
+        self, unet: nn.Module, alphas_cumprod: Tensor, prediction_type: str, autocast_dtype: torch.dtype | None = None
+    ):
+        self.unet = unet
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction_type = prediction_type
+        self.autocast_dtype = autocast_dtype
+
+    def _coefficients(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod.to(latents.device)[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        signal, spread = self._coefficients(latents, timesteps)
+        return signal * latents + spread * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, spread = self._coefficients(latents, timesteps)
+        return signal * noise - spread * latents
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        added = None
+        if "pooled" in conditions:
+            height_px, width_px = noisy.shape[2] * 8, noisy.shape[3] * 8
+            # SDXL's size conditioning: original size, crop, target size (height first), as ComfyUI's encode_adm gives.
+            sizes = torch.tensor([height_px, width_px, 0, 0, height_px, width_px], dtype=torch.float32)
+            added = {
+                "text_embeds": conditions["pooled"],
+                "time_ids": sizes.to(noisy.device).expand(len(noisy), -1),
+            }
+        precision = (
+            torch.autocast(noisy.device.type, dtype=self.autocast_dtype)
+            if self.autocast_dtype
+            else contextlib.nullcontext()
+        )
+        with precision:
+            hidden = conditions["hidden_states"]
+            return self.unet(
+                noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
+            )[0].float()

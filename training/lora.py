@@ -1,0 +1,86 @@
+"""The trainable LoRA on a UNet: attach it, switch it off for the reference, read it out as expert layers."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..experts.expert import LoraLayer
+from ..experts.keys import kohya_name
+from .recipe import Recipe
+
+ADAPTER = "expert"
+_TARGETS = {
+    "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+    "self-attention": r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+    "cross-attention": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+}
+
+
+def seeded_generator(seed: int, *purpose: object) -> torch.Generator:
+    """Return a CPU generator that depends only on `seed` and `purpose` (say "noise", step): no state to resume."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
+    """Freeze `unet` and give its attention layers a float32 LoRA that starts as the identity.
+
+    A is normal with standard deviation 1/rank (peft's "gaussian"), B zero; drawn on the CPU from the recipe's seed, so
+    experts of one seed share their A.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # peft takes seconds to import
+
+    unet.requires_grad_(False)
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=_TARGETS[recipe.targets])
+    inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    generator = seeded_generator(recipe.seed, "lora")
+    for _, module in lora_modules(unet):
+        down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        initial = torch.randn(down.shape, generator=generator) / recipe.rank
+        down.data = initial.to(down.device)
+        up.data = torch.zeros(up.shape, device=up.device)
+
+
+def lora_modules(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (diffusers module path, peft layer) of every layer that carries the LoRA, in module order."""
+    return [(name, module) for name, module in unet.named_modules() if ADAPTER in getattr(module, "lora_A", {})]
+
+
+def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by name: `<module path>.down` [r, d_in] and `<module path>.up` [d_out, r]."""
+    parameters = {}
+    for name, module in lora_modules(unet):
+        parameters[f"{name}.down"] = module.lora_A[ADAPTER].weight
+        parameters[f"{name}.up"] = module.lora_B[ADAPTER].weight
+    return parameters
+
+
+@contextlib.contextmanager
+def adapter_off(unet: nn.Module) -> Iterator[None]:
+    """Inside, the UNet computes what the base model computes: the reference of the preference objectives.
+
+    Run the reference before the policy: peft freezes the LoRA while it is off.
+    """
+    layers = [module for _, module in lora_modules(unet)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def read_layers(unet: nn.Module, alpha: float) -> dict[str, LoraLayer]:
+    """Return the LoRA as expert layers (float32 copies on the CPU), keyed by kohya module name."""
+    return {
+        kohya_name(name): LoraLayer(
+            down=module.lora_A[ADAPTER].weight.detach().float().cpu().clone(),
+            up=module.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
+            alpha=alpha,
+        )
+        for name, module in lora_modules(unet)
+    }

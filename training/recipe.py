@@ -1,0 +1,127 @@
+"""A recipe holds every training option as one value; it travels in the expert's metadata.
+
+Shipped recipes are the YAML files in `recipes/`; `load_recipe` takes one of their names or a file of your own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import InputError
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+
+class Recipe(BaseModel):
+    """Training options. A field's description is also its tooltip; defaults are AlignGuard's (methods §1.2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    objective: Literal["sigmoid"] = Field("sigmoid", description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard.")
+    beta: float = Field(
+        5000.0, gt=0, description="Pull towards the base model, for the logit (beta/2) x mean squared error difference."
+    )
+    anchor_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean squared change of predictions on safe and empty prompts; 0 is the paper's recipe.",
+    )
+    anchor_empty_fraction: float = Field(
+        0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt; the others use the safe prompt."
+    )
+    caption_dropout_fraction: float = Field(
+        0.2, ge=0, le=1, description="Fraction of pairs trained under the empty prompt."
+    )
+    rank: int = Field(4, ge=1, le=1024, description="LoRA rank.")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; empty means equal to the rank (scale 1).")
+    targets: Literal["attention", "self-attention", "cross-attention"] = Field(
+        "attention", description="Which attention layers (to_q, to_k, to_v, to_out) get a LoRA."
+    )
+    steps: int = Field(2000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(4, ge=1, description="Pairs in one forward pass.")
+    accumulation_steps: int = Field(4, ge=1, description="Forward passes an optimizer step; they add up to its batch.")
+    learning_rate: float = Field(1.6e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "constant_with_warmup", description="Learning-rate schedule over the steps."
+    )
+    warmup_steps: int = Field(500, ge=0, description="Steps over which the learning rate rises from 0.")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW weight decay on the LoRA weights.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    first_timestep: int = Field(0, ge=0, le=999, description="Smallest noise level trained (0 is least noisy).")
+    last_timestep: int = Field(999, ge=0, le=999, description="Largest noise level trained.")
+    horizontal_flip: bool = Field(False, description="Mirror half of the pairs, both images of a pair together.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 where the device has it.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random draw.")
+
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> "Recipe":
+        if self.first_timestep > self.last_timestep:
+            raise ValueError(f"first_timestep {self.first_timestep} is above last_timestep {self.last_timestep}")
+        return self
+
+    @property
+    def lora_alpha(self) -> float:
+        return float(self.rank if self.alpha is None else self.alpha)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes in `recipes/`, sorted."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a shipped recipe by name or a YAML file by path, then apply `key=value` overrides.
+
+    Raises:
+        InputError: no such recipe, a field that does not exist, or a value out of its range.
+    """
+    path = RECIPES_FOLDER / f"{name_or_path}.yaml" if str(name_or_path) in shipped_recipes() else Path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(
+            f"no recipe {str(name_or_path)!r}: give a YAML file or one of {', '.join(shipped_recipes())}"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"override {override!r} is not of the form key=value")
+        values[key.strip()] = _parse_value(text)
+    return make_recipe(values, source=str(name_or_path))
+
+
+def _parse_value(text: str) -> object:
+    try:
+        return float(text)  # YAML 1.1 reads 1e-3 as text; pydantic turns 8.0 into the int 8
+    except ValueError:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value {text!r}: use a plain number, word or true/false") from error
+
+
+def make_recipe(values: dict, *, source: str) -> Recipe:
+    """Build a recipe from plain values; `source` is named in errors.
+
+    Raises:
+        InputError: one line naming each wrong field.
+    """
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            field = ".".join(str(part) for part in item["loc"]) or "recipe"
+            if item["type"] == "extra_forbidden":
+                problems.append(f"unknown field {field!r} (known: {', '.join(Recipe.model_fields)})")
+            else:
+                problems.append(f"{field}: {item['msg']}, got {item['input']!r}" if item["loc"] else item["msg"])
+        raise InputError(f"recipe {source}: {'; '.join(problems)}") from error

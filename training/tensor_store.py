@@ -1,0 +1,51 @@
+"""Tensors computed once and kept on disk: append-only safetensors shards, each written whole or not at all."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class TensorStore:
+    """A folder of shards `<name>-00000.safetensors`, read lazily by key.
+
+    Args:
+        folder: made when the first shard is written.
+        name: prefix of the shards; several stores may share a folder.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = folder, name
+        self._readers: dict[str, safe_open] = {}
+        self._next_shard = 0
+        for path in sorted(folder.glob(f"{name}-*.safetensors")):
+            try:
+                self._open(path)
+            except SafetensorError:
+                logger.warning("%s is damaged and is computed again", path)
+                path.unlink()
+
+    def _open(self, path: Path) -> None:
+        reader = safe_open(path, framework="pt")
+        self._readers.update(dict.fromkeys(reader.keys(), reader))
+        self._next_shard = int(path.stem.rsplit("-", 1)[1]) + 1
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._readers
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._readers[key].get_tensor(key)
+
+    def add_shard(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write one shard and make its keys readable."""
+        path = self.folder / f"{self.name}-{self._next_shard:05d}.safetensors"
+        with write_atomically(path) as temporary:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
+        self._open(path)
