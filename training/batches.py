@@ -1,0 +1,85 @@
+"""Which pairs a step trains on, and every random draw of it: a function of the recipe's seed and the step alone.
+
+Nothing here has state, so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..preferences.dataset import PreferencePair
+from .cache import PairCache
+from .lora import seeded_generator
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b pairs. Noise and timestep are shared by the two images of a pair and drawn apart for the anchor."""
+
+    chosen: Tensor  # [b, c, h, w] latents
+    rejected: Tensor
+    prompts: list[str]  # the condition of both images
+    anchor_prompts: list[str]
+    noise: Tensor  # [b, c, h, w]
+    timesteps: Tensor  # [b] int64
+    anchor_noise: Tensor
+    anchor_timesteps: Tensor
+
+
+class BatchPlan:
+    """Every epoch is a new order of the pairs, cut into batches of one latent size each.
+
+    A last, short batch of a size is filled up from the start of that epoch's order.
+    """
+
+    def __init__(self, pairs: Sequence[PreferencePair], cache: PairCache, recipe: Recipe):
+        self.pairs, self.cache, self.recipe = list(pairs), cache, recipe
+        self._shapes = [tuple(cache.latents(pair)[0].shape) for pair in self.pairs]
+        self._epoch_batches = len(self._order(0))
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        generator = seeded_generator(self.recipe.seed, "order", epoch)
+        by_shape: dict[tuple, list[int]] = {}
+        for index in torch.randperm(len(self.pairs), generator=generator).tolist():
+            by_shape.setdefault(self._shapes[index], []).append(index)
+        size = self.recipe.batch_size
+        batches = []
+        for _, indices in sorted(by_shape.items()):
+            filled = [indices[i % len(indices)] for i in range(-(-len(indices) // size) * size)]
+            batches += [filled[start : start + size] for start in range(0, len(filled), size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def batch(self, number: int) -> Batch:
+        """Return the `number`-th forward pass of the run (from 0)."""
+        recipe = self.recipe
+        epoch, position = divmod(number, self._epoch_batches)
+        pairs = [self.pairs[index] for index in self._order(epoch)[position]]
+        generator = seeded_generator(recipe.seed, "batch", number)
+        # One draw of each kind for every pair, used or not: options do not shift each other's randomness.
+        flip, drop, empty = torch.rand(3, len(pairs), generator=generator)
+        flipped = flip < (0.5 if recipe.horizontal_flip else 0.0)
+        latents = [self.cache.latents(pair, flipped=bool(mirror)) for pair, mirror in zip(pairs, flipped, strict=True)]
+        chosen = torch.stack([chosen for chosen, _ in latents])
+
+        def timesteps() -> Tensor:
+            return torch.randint(recipe.first_timestep, recipe.last_timestep + 1, (len(pairs),), generator=generator)
+
+        return Batch(
+            chosen=chosen,
+            rejected=torch.stack([rejected for _, rejected in latents]),
+            prompts=[
+                "" if value < recipe.caption_dropout_fraction else pair.prompt
+                for pair, value in zip(pairs, drop, strict=True)
+            ],
+            anchor_prompts=[
+                "" if value < recipe.anchor_empty_fraction else pair.safe_prompt
+                for pair, value in zip(pairs, empty, strict=True)
+            ],
+            noise=torch.randn(chosen.shape, generator=generator),
+            timesteps=timesteps(),
+            anchor_noise=torch.randn(chosen.shape, generator=generator),
+            anchor_timesteps=timesteps(),
+        )
