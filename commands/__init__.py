@@ -20,7 +20,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Only the named command is imported, so `--help` does not wait for torch.
     named = [name for name in COMMANDS if name in given[:1]] or list(COMMANDS)
-    parser = argparse.ArgumentParser(prog="safety-experts", description="Train, merge, apply and measure safety experts.")
+    parser = argparse.ArgumentParser("safety-experts", description="Train, merge, apply and measure safety experts.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name in named:
         module = importlib.import_module(f".{name}", __name__)

@@ -129,8 +129,9 @@ class PairCache:
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the conditions of `prompts`, rows in their order: hidden_states [b, t, d] and, for SDXL, pooled."""
-        names = [name for name in ("hidden_states", "pooled") if f"{_prompt_key(prompts[0])}.{name}" in self._text]
-        return {name: torch.stack([self._text[f"{_prompt_key(prompt)}.{name}"] for prompt in prompts]) for name in names}
+        keys = [_prompt_key(prompt) for prompt in prompts]
+        names = [name for name in ("hidden_states", "pooled") if f"{keys[0]}.{name}" in self._text]
+        return {name: torch.stack([self._text[f"{key}.{name}"] for key in keys]) for name in names}
 
 
 def _prompt_key(prompt: str) -> str:

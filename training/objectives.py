@@ -4,10 +4,8 @@ Vocabulary: the policy is the UNet with the adapter on, the reference the same U
 squared error of a prediction over channels and latent pixels. Errors and rewards are per pair, [b] float32.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,5 +71,3 @@ def preference_metrics(errors: PairErrors, margin: Tensor, *, beta: float) -> di
         "rewards/margins": float(margin.detach().mean()),
         "rewards/accuracies": float((margin.detach() > 0).float().mean()),
     }
-
-

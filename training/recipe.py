@@ -20,17 +20,19 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    objective: Literal["sigmoid"] = Field("sigmoid", description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard.")
+    objective: Literal["sigmoid"] = Field(
+        "sigmoid", description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard."
+    )
     beta: float = Field(
         5000.0, gt=0, description="Pull towards the base model, for the logit (beta/2) x mean squared error difference."
     )
     anchor_weight: float = Field(
         0.0,
         ge=0,
-        description="Weight of the mean squared change of predictions on safe and empty prompts; 0 is the paper's recipe.",
+        description="Weight of the mean squared change on safe and empty prompts; 0 is the paper's recipe.",
     )
     anchor_empty_fraction: float = Field(
-        0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt; the others use the safe prompt."
+        0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt instead of the safe one."
     )
     caption_dropout_fraction: float = Field(
         0.2, ge=0, le=1, description="Fraction of pairs trained under the empty prompt."

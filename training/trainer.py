@@ -69,7 +69,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu":
         # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
         return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
     return torch.float32
 
@@ -114,7 +114,7 @@ def train_expert(
         def progress(done: int, total: int) -> None:
             notify(StepRecord(stage, done, total))
             if stop_asked():
-                raise TrainingStoppedError("stopped while encoding the dataset; what is encoded is kept for the next run")
+                raise TrainingStoppedError("stopped while encoding the dataset; the next run goes on from there")
 
         return progress
 
