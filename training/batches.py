@@ -17,14 +17,17 @@ from .recipe import Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """b pairs. Noise and timestep are shared by the two images of a pair and drawn apart for the anchor."""
+    """b pairs. The noise is shared by the two images of a pair; the anchor has draws of its own."""
 
     chosen: Tensor  # [b, c, h, w] latents
     rejected: Tensor
     prompts: list[str]  # the condition of both images
     anchor_prompts: list[str]
     noise: Tensor  # [b, c, h, w]
-    timesteps: Tensor  # [b] int64
+    timesteps: Tensor  # [b] int64, of the chosen image
+    rejected_timesteps: Tensor  # the same, unless the recipe draws two
+    chosen_unsafe: Tensor  # [b] bool; an unknown flag counts as the pair's order says
+    rejected_unsafe: Tensor
     anchor_noise: Tensor
     anchor_timesteps: Tensor
 
@@ -64,9 +67,13 @@ class BatchPlan:
         latents = [self.cache.latents(pair, flipped=bool(mirror)) for pair, mirror in zip(pairs, flipped, strict=True)]
         chosen = torch.stack([chosen for chosen, _ in latents])
 
+        def draw() -> Tensor:
+            return torch.randn(chosen.shape, generator=generator)
+
         def timesteps() -> Tensor:
             return torch.randint(recipe.first_timestep, recipe.last_timestep + 1, (len(pairs),), generator=generator)
 
+        noise, chosen_timesteps, rejected_timesteps = draw(), timesteps(), timesteps()
         return Batch(
             chosen=chosen,
             rejected=torch.stack([rejected for _, rejected in latents]),
@@ -78,8 +85,11 @@ class BatchPlan:
                 "" if value < recipe.anchor_empty_fraction else pair.safe_prompt
                 for pair, value in zip(pairs, empty, strict=True)
             ],
-            noise=torch.randn(chosen.shape, generator=generator),
-            timesteps=timesteps(),
-            anchor_noise=torch.randn(chosen.shape, generator=generator),
+            noise=noise,
+            timesteps=chosen_timesteps,
+            rejected_timesteps=chosen_timesteps if recipe.shared_timestep else rejected_timesteps,
+            chosen_unsafe=torch.tensor([bool(pair.chosen_unsafe) for pair in pairs]),
+            rejected_unsafe=torch.tensor([pair.rejected_unsafe is not False for pair in pairs]),
+            anchor_noise=draw(),
             anchor_timesteps=timesteps(),
         )

@@ -1,11 +1,18 @@
-"""Preference objectives: what policy and reference predicted goes in, a loss per pair and its metrics come out.
+"""Preference objectives: what policy and reference predicted goes in, a loss per pair comes out.
 
 Vocabulary: the policy is the UNet with the adapter on, the reference the same UNet with it off; an error is the mean
-squared error of a prediction over channels and latent pixels. Errors and rewards are per pair, [b] float32.
+squared error of a prediction over channels and latent pixels. The logit of a pair, in every objective, is
+
+    u = -(beta/2) [(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)]
+
+Other code writes beta where we write beta/2 (diffusers, DUO, Diffusion-KTO): double their number for ours. Code that
+sums the squares instead of taking their mean (SimpleTuner) has a beta smaller by the number of latent elements.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,48 +33,218 @@ class PairErrors:
             -beta / 2 * (self.policy_rejected - self.reference_rejected),
         )
 
+    def logit(self, beta: float) -> Tensor:
+        """Return u [b]: the chosen reward minus the rejected one."""
+        chosen, rejected = self.rewards(beta)
+        return chosen - rejected
+
+    def where_swapped(self, swap: Tensor) -> "PairErrors":
+        """Return the errors with chosen and rejected exchanged where `swap` [b] is true."""
+        return PairErrors(
+            torch.where(swap, self.policy_rejected, self.policy_chosen),
+            torch.where(swap, self.policy_chosen, self.policy_rejected),
+            torch.where(swap, self.reference_rejected, self.reference_chosen),
+            torch.where(swap, self.reference_chosen, self.reference_rejected),
+        )
+
+
+@dataclass(frozen=True)
+class PairPredictions:
+    """Everything an objective may look at. Predictions and targets are [b, c, h, w] float32.
+
+    `chosen_unsafe` and `rejected_unsafe` [b] bool are SafeDPO's indicators, from the dataset.
+    """
+
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+    target_chosen: Tensor
+    target_rejected: Tensor
+    chosen_unsafe: Tensor
+    rejected_unsafe: Tensor
+
+    def errors(self) -> PairErrors:
+        return PairErrors(
+            mean_squared_error(self.policy_chosen, self.target_chosen),
+            mean_squared_error(self.policy_rejected, self.target_rejected),
+            mean_squared_error(self.reference_chosen, self.target_chosen),
+            mean_squared_error(self.reference_rejected, self.target_rejected),
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """The numbers objectives take; each reads only its own."""
+
+    beta: float = 5000.0
+    label_smoothing: float = 0.1  # robust: assumed fraction of flipped labels, < 0.5
+    safety_margin: float = 1.0  # safe-dpo: Delta, in units of u
+    cost_weight: float = 2.0  # sc-dpo: lambda, cost of an unsafe image against the preference's reward of 1
+    focus: float = 1.0  # sc-dpo: gamma of the focal weight
+    target_probability: float = 0.99  # dmpo: 1 - alpha
+    mapo_beta: float = 0.1
+
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of each sample: [b, c, h, w], [b, c, h, w] -> [b] float32."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    """Return the mean squared error of each sample: [b, c, h, w], [b, c, h, w] -> [b]."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
-def sigmoid_loss(errors: PairErrors, *, beta: float) -> tuple[Tensor, Tensor]:
-    """Diffusion-DPO: prefer the chosen image's denoising error over the rejected one's, relative to the reference.
+def sigmoid(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Diffusion-DPO as AlignGuard releases it: loss = -log sigmoid(u); ln 2 for a fresh adapter.
 
-        u = -(beta/2) [(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)]
-        loss = -log sigmoid(u)
-
-    Args:
-        errors: mean squared errors, [b] each; noise and timestep are shared within a pair.
-        beta: strength of the pull towards the reference, > 0, dimensionless.
-
-    Returns:
-        (loss [b], u [b]); a fresh adapter has u = 0 and loss = ln 2.
-
-    Source: Wallace et al., arXiv 2311.12908; AlignGuard (arXiv 2412.10493) as released, Visualignment/SafetyDPO
-    train.py about L1158-1198. Worked numbers: tests/training/test_objectives.py.
+    Source: Wallace et al., arXiv 2311.12908; AlignGuard (arXiv 2412.10493), Visualignment/SafetyDPO train.py about
+    L1158-1198. Worked numbers of this and all others: tests/training/test_objectives.py.
     """
-    chosen, rejected = errors.rewards(beta)
-    margin = chosen - rejected
-    return -functional.logsigmoid(margin), margin
+    return -functional.logsigmoid(predictions.errors().logit(options.beta))
+
+
+def hinge(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """loss = max(0, 1 - u). Source: SLiC (arXiv 2305.10425), as diffusers' DPO script has it."""
+    return functional.relu(1 - predictions.errors().logit(options.beta))
+
+
+def ipo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """loss = (u - 1/2)^2: a finite goal for the margin instead of an endless one.
+
+    Source: IPO (arXiv 2310.12036), (l - 1/(2 b))^2 with u = b l, times b^2 so that its size does not depend on beta.
+    """
+    return (predictions.errors().logit(options.beta) - 0.5).square()
+
+
+def robust(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Unbiased when a fraction e of the labels is flipped: [-(1-e) log s(u) + e log s(-u)] / (1 - 2e).
+
+    Source: rDPO (arXiv 2403.00409), TRL's `robust`.
+    """
+    u, e = predictions.errors().logit(options.beta), options.label_smoothing
+    return (-(1 - e) * functional.logsigmoid(u) + e * functional.logsigmoid(-u)) / (1 - 2 * e)
+
+
+def safe_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """SafeDPO: swap a pair whose chosen image alone is unsafe, drop one where both are, ask a margin.
+
+        loss = -log sigmoid(u - (h_rejected - h_chosen) Delta)      h = 1 where unsafe, after the swap
+
+    Dropped pairs have loss 0. Source: arXiv 2505.20065; the mapping to diffusion (Delta in units of u) is ours.
+    """
+    swap = predictions.chosen_unsafe & ~predictions.rejected_unsafe
+    dropped = predictions.chosen_unsafe & predictions.rejected_unsafe
+    is_safe_over_unsafe = predictions.chosen_unsafe ^ predictions.rejected_unsafe
+    u = predictions.errors().where_swapped(swap).logit(options.beta)
+    return -functional.logsigmoid(u - is_safe_over_unsafe * options.safety_margin) * ~dropped
+
+
+def sc_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """SC-DPO-style, not the paper's exact form: order pairs by preference minus cost, weigh hard pairs up.
+
+        reward = [chosen] - lambda [unsafe], pairs ordered by it;  loss = -(1 - sigmoid(u))^gamma log sigmoid(u)
+
+    The weight carries no gradient. Our reading of arXiv 2504.14290 (methods §3), with the dataset's flags as cost.
+    """
+    cost_chosen, cost_rejected = predictions.chosen_unsafe * 1.0, predictions.rejected_unsafe * 1.0
+    swap = 1 - options.cost_weight * cost_chosen < -options.cost_weight * cost_rejected
+    u = predictions.errors().where_swapped(swap).logit(options.beta)
+    return -((1 - torch.sigmoid(u.detach())) ** options.focus) * functional.logsigmoid(u)
+
+
+def kto(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Diffusion-KTO on both images: 2 - sigmoid(r_chosen - z) - sigmoid(z - r_rejected), halved.
+
+    r are the implicit rewards, z = max(0, batch mean of all r), without gradient. Source: arXiv 2404.04465,
+    jacklishufan/diffusion-kto train_kto_sd_v1.5.py; their beta 1000 is our 2000.
+    """
+    chosen, rejected = predictions.errors().rewards(options.beta)
+    baseline = torch.cat([chosen, rejected]).mean().detach().clamp(min=0)
+    return (2 - torch.sigmoid(chosen - baseline) - torch.sigmoid(baseline - rejected)) / 2
+
+
+def dspo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Score matching on the chosen image: mean ((p - target) - beta (1 - sigmoid(u)) (p - reference))^2.
+
+    sigmoid(u) carries gradient, as in the code. Give it a small beta (0.001). Source: DSPO as in
+    AIDC-AI/Diffusion-SDPO train.py L1210-1219, SD1.5 form.
+    """
+    pull = options.beta * (1 - torch.sigmoid(predictions.errors().logit(options.beta))).view(-1, 1, 1, 1)
+    change = predictions.policy_chosen - predictions.reference_chosen
+    return mean_squared_error(predictions.policy_chosen - pull * change, predictions.target_chosen)
+
+
+def dmpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Reverse divergence to a finite confidence p: KL(Bernoulli(sigmoid(u)) || Bernoulli(p)), p = 0.99.
+
+    Source: DMPO as in AIDC-AI/Diffusion-SDPO train.py L1220-1235 (alpha = 1 - p = 0.01).
+    """
+    u = predictions.errors().logit(options.beta)
+    goal = torch.logit(torch.tensor(options.target_probability, dtype=u.dtype, device=u.device))
+    log_yes, log_no = functional.logsigmoid(u), functional.logsigmoid(-u)
+    return torch.sigmoid(u) * (log_yes - functional.logsigmoid(goal)) + torch.sigmoid(-u) * (
+        log_no - functional.logsigmoid(-goal)
+    )
+
+
+def mapo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+    """Without a reference: m_chosen - beta_mapo log sigmoid(1000 (f(m_chosen) - f(m_rejected))), f(m) = sm/(e^sm - 1).
+
+    s = 0.5. Source: MaPO (arXiv 2406.06424), mapo-t2i/mapo utils.py L286-301.
+    """
+    errors = predictions.errors()
+
+    def likelihood(error: Tensor) -> Tensor:
+        return 0.5 * error / torch.expm1(0.5 * error)
+
+    ratio = 1000 * (likelihood(errors.policy_chosen) - likelihood(errors.policy_rejected))
+    return errors.policy_chosen - options.mapo_beta * functional.logsigmoid(ratio)
+
+
+Objective = Callable[[PairPredictions, ObjectiveOptions], Tensor]
+OBJECTIVES: dict[str, Objective] = {
+    "sigmoid": sigmoid,
+    "safe-dpo": safe_dpo,
+    "sc-dpo": sc_dpo,
+    "ipo": ipo,
+    "hinge": hinge,
+    "robust": robust,
+    "kto": kto,
+    "dspo": dspo,
+    "dmpo": dmpo,
+    "mapo": mapo,
+}
+
+
+def preserve_winner(predictions: PairPredictions, strength: float) -> PairPredictions:
+    """Scale the rejected image's gradient so that, to first order, the chosen image's error cannot rise.
+
+        scale = clip((1 - mu) |g_chosen|^2 / (g_chosen . g_rejected), 0, 1) where the product is positive, else 1
+
+    g are the gradients of the two errors with respect to the predictions, over the whole batch; values stay as they
+    are. Source: Diffusion-SDPO (arXiv 2511.03317), AIDC-AI/Diffusion-SDPO train.py L84-127; `strength` is mu.
+    """
+    with torch.no_grad():
+        chosen = (predictions.policy_chosen - predictions.target_chosen).flatten()
+        rejected = (predictions.policy_rejected - predictions.target_rejected).flatten()
+        product = chosen @ rejected
+        scale = ((1 - strength) * (chosen @ chosen) / product).clamp(0, 1) if product > 0 else torch.ones_like(product)
+    fixed = predictions.policy_rejected.detach()
+    return replace(predictions, policy_rejected=fixed + scale * (predictions.policy_rejected - fixed))
 
 
 def anchor_loss(policy: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared change of the predictions on prompts that should stay as they are: [b, c, h, w] twice -> [] float32.
+    """Mean squared change of the predictions on prompts that should stay as they are: [b, c, h, w] twice -> [].
 
-    The term lambda * mean ||eps_theta - eps_ref||^2 of DUO (arXiv 2407.21035), here on safe and empty prompts at any
-    timestep rather than on pure noise.
+    The term lambda * mean ||eps_theta - eps_ref||^2 of DUO (arXiv 2407.21035), there at pure noise under the empty
+    prompt, here on safe and empty prompts at any timestep.
     """
     return mean_squared_error(policy, reference).mean()
 
 
-def preference_metrics(errors: PairErrors, margin: Tensor, *, beta: float) -> dict[str, float]:
-    """Return the batch means under TRL's names; accuracy is the fraction of pairs with margin > 0."""
-    chosen, rejected = errors.rewards(beta)
+def preference_metrics(errors: PairErrors, *, beta: float) -> dict[str, float]:
+    """Return the batch means under TRL's names; accuracy is the fraction of pairs whose logit is above 0."""
+    chosen, rejected = (reward.detach() for reward in errors.rewards(beta))
     return {
-        "rewards/chosen": float(chosen.detach().mean()),
-        "rewards/rejected": float(rejected.detach().mean()),
-        "rewards/margins": float(margin.detach().mean()),
-        "rewards/accuracies": float((margin.detach() > 0).float().mean()),
+        "rewards/chosen": float(chosen.mean()),
+        "rewards/rejected": float(rejected.mean()),
+        "rewards/margins": float((chosen - rejected).mean()),
+        "rewards/accuracies": float((chosen > rejected).float().mean()),
     }

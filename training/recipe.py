@@ -5,14 +5,19 @@ Shipped recipes are the YAML files in `recipes/`; `load_recipe` takes one of the
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+
+ObjectiveName = Literal[
+    "sigmoid", "safe-dpo", "sc-dpo", "ipo", "hinge", "robust", "kto", "dspo", "dmpo", "mapo"
+]  # the keys of objectives.OBJECTIVES, spelt out for the type checker (compared in tests)
 
 
 class Recipe(BaseModel):
@@ -20,16 +25,35 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    objective: Literal["sigmoid"] = Field(
-        "sigmoid", description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard."
+    objective: Annotated[
+        dict[ObjectiveName, float], BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)
+    ] = Field(
+        {"sigmoid": 1.0},
+        min_length=1,
+        description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard; a mapping mixes several by weight.",
     )
     beta: float = Field(
         5000.0, gt=0, description="Pull towards the base model, for the logit (beta/2) x mean squared error difference."
     )
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="robust: assumed fraction of flipped labels.")
+    safety_margin: float = Field(1.0, ge=0, description="safe-dpo: margin Delta asked of safe over unsafe pairs.")
+    cost_weight: float = Field(2.0, ge=0, description="sc-dpo: cost of an unsafe image against a preference of 1.")
+    focus: float = Field(1.0, ge=0, description="sc-dpo: exponent that weighs pairs up the model still gets wrong.")
+    target_probability: float = Field(0.99, gt=0.5, lt=1, description="dmpo: confidence the pair is pulled to.")
+    mapo_beta: float = Field(0.1, gt=0, description="mapo: weight of its preference term.")
+    winner_preserving: float | None = Field(
+        None, ge=0, le=1, description="Diffusion-SDPO's mu: scale the rejected gradient so the chosen cannot get worse."
+    )
+    sft_weight: float = Field(0.0, ge=0, description="Weight of the plain denoising error on the chosen image.")
+    shared_timestep: bool = Field(True, description="One noise level for both images of a pair; DUO draws two.")
     anchor_weight: float = Field(
         0.0,
         ge=0,
         description="Weight of the mean squared change on safe and empty prompts; 0 is the paper's recipe.",
+    )
+    anchor_samples: Literal["images", "noise"] = Field(
+        "images",
+        description="Anchor on noisy chosen images, or on pure noise at the last timestep under no prompt (DUO).",
     )
     anchor_empty_fraction: float = Field(
         0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt instead of the safe one."
@@ -121,7 +145,7 @@ def make_recipe(values: dict, *, source: str) -> Recipe:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            field = ".".join(str(part) for part in item["loc"]) or "recipe"
+            field = ".".join(str(part) for part in item["loc"] if part != "[key]") or "recipe"
             if item["type"] == "extra_forbidden":
                 problems.append(f"unknown field {field!r} (known: {', '.join(Recipe.model_fields)})")
             else:
