@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
     parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    parser.add_argument("--resume", action="store_true", help="go on from the state an interrupted run left")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix != ".safetensors":
         raise InputError(f"--out {arguments.out} must end in .safetensors")
-    if arguments.out.exists() and not arguments.overwrite:
-        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
+    if arguments.out.exists() and not (arguments.overwrite or arguments.resume):
+        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite or --resume")
     from ..training.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.set)
@@ -59,12 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
             category=canonical_category(arguments.category) if arguments.category else None,
             device=arguments.device,
             tokenizer_folder=arguments.tokenizer,
+            resume=arguments.resume,
             on_step=show,
         )
     finally:
         if bar is not None:
             bar.close()
     if arguments.json:
-        print(json.dumps({"expert": str(result.path), "steps": len(result.records), **result.records[-1].metrics}))
+        print(json.dumps({"expert": str(result.path), "steps": len(result.records), **result.records[-1]}))
     else:
         print(f"{result.path}: {len(result.records)} steps, {', '.join(result.expert.info['categories'])}")

@@ -75,6 +75,10 @@ class Recipe(BaseModel):
     )
     warmup_steps: int = Field(500, ge=0, description="Steps over which the learning rate rises from 0.")
     weight_decay: float = Field(1e-2, ge=0, description="AdamW weight decay on the LoRA weights.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the averaged weights the expert is made of; 0: none."
+    )
+    save_steps: int = Field(100, ge=1, description="Write the resumable state every so many steps.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     first_timestep: int = Field(0, ge=0, le=999, description="Smallest noise level trained (0 is least noisy).")
     last_timestep: int = Field(999, ge=0, le=999, description="Largest noise level trained.")

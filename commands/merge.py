@@ -1,0 +1,118 @@
+"""`safety-experts merge`: several experts into one file."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..experts.expert import Expert
+
+HELP = "merge experts into one file that any LoRA loader reads"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experts", nargs="+", metavar="EXPERT", help="expert files, or LoRAs in any common spelling")
+    parser.add_argument("--method", default="linear", metavar="M", help="merge method (default: linear)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="merge to write (.safetensors)")
+    parser.add_argument("--weights", metavar="W1,W2,…", help="one number an expert (default: 1 each)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method")
+    parser.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="activation counts to read; with --calibration, to write"
+    )
+    parser.add_argument("--calibration", metavar="DIR", help="dataset on whose prompts to count activations")
+    parser.add_argument("--model", metavar="CKPT", help="base checkpoint to run for --calibration")
+    parser.add_argument("--num-prompts", type=int, default=64, metavar="N", help="prompts to run (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration's noise (default: 0)")
+    parser.add_argument("--device", help="torch device (default: CPU for merging, accelerate's choice for calibration)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.out.suffix != ".safetensors":
+        raise InputError(f"--out {arguments.out} must end in .safetensors")
+    if arguments.out.exists() and not arguments.overwrite:
+        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
+    if bool(arguments.calibration) != bool(arguments.model):
+        raise InputError("--calibration needs --model and the other way round")
+    weights = _parse_weights(arguments.weights)
+
+    from tqdm import tqdm
+
+    from ..experts.expert_file import load_expert, save_expert
+    from ..experts.merging import merge_experts
+
+    experts = [load_expert(path) for path in arguments.experts]
+    with tqdm(desc="layers", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        merged = merge_experts(
+            experts,
+            arguments.method,
+            weights=weights,
+            parameters=_parse_parameters(arguments.set),
+            statistics=_statistics(arguments, experts),
+            name=arguments.out.stem,
+            device=arguments.device,
+            on_layer=show,
+        )
+    save_expert(merged, arguments.out)
+    if arguments.json:
+        print(json.dumps({"expert": str(arguments.out), "categories": merged.categories, "layers": len(merged.layers)}))
+    else:
+        print(f"{arguments.out}: {arguments.method} of {len(experts)}, {', '.join(merged.categories)}")
+
+
+def _parse_weights(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--weights {text!r} must be numbers with commas between, such as 1,0.5") from error
+
+
+def _parse_parameters(settings: Sequence[str]) -> dict[str, str]:
+    parameters = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise InputError(f"--set {setting!r} is not of the form key=value")
+        parameters[name.strip()] = value.strip()
+    return parameters
+
+
+def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "dict[str, Tensor] | None":
+    from ..experts.co_merge import load_statistics, save_statistics
+
+    if not arguments.calibration:
+        return load_statistics(arguments.statistics, experts) if arguments.statistics else None
+
+    from ..training.calibration import collect_statistics
+
+    statistics = collect_statistics(
+        experts,
+        arguments.model,
+        arguments.calibration,
+        num_prompts=arguments.num_prompts,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    if arguments.statistics:
+        calibration = {
+            "dataset": str(arguments.calibration),
+            "model": str(arguments.model),
+            "num_prompts": arguments.num_prompts,
+            "seed": arguments.seed,
+        }
+        save_statistics(arguments.statistics, statistics, experts, calibration)
+    return statistics

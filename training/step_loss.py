@@ -1,0 +1,70 @@
+"""The loss of one forward pass: objectives, anchor and SFT term, on one batch of pairs."""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch
+from .cache import PairCache
+from .denoiser import Denoiser
+from .lora import adapter_off
+from .objectives import (
+    OBJECTIVES,
+    ObjectiveOptions,
+    PairPredictions,
+    anchor_loss,
+    preference_metrics,
+    preserve_winner,
+)
+from .recipe import Recipe
+
+
+def batch_loss(
+    unet: nn.Module, denoiser: Denoiser, cache: PairCache, batch: Batch, recipe: Recipe, device: torch.device
+) -> tuple[Tensor, dict[str, float]]:
+    """Return (loss [], metrics) of one forward pass: the objectives, plus anchor and SFT terms where the recipe asks.
+
+    Policy and reference each see chosen, rejected and anchor samples in one batch, [2b or 3b, c, h, w].
+    """
+    size = len(batch.chosen)
+    latents, noise = [batch.chosen, batch.rejected], [batch.noise, batch.noise]
+    timesteps, prompts = [batch.timesteps, batch.rejected_timesteps], [*batch.prompts, *batch.prompts]
+    if recipe.anchor_weight:
+        is_noise = recipe.anchor_samples == "noise"
+        latents.append(batch.chosen)
+        noise.append(batch.anchor_noise)
+        timesteps.append(torch.full_like(batch.timesteps, 999) if is_noise else batch.anchor_timesteps)
+        prompts += [""] * size if is_noise else batch.anchor_prompts
+    x, eps, t = (torch.cat(parts).to(device) for parts in (latents, noise, timesteps))
+    conditions = {name: value.to(device, torch.float32) for name, value in cache.conditions(prompts).items()}
+    noisy, target = denoiser.add_noise(x, eps, t), denoiser.target(x, eps, t)
+    if recipe.anchor_weight and recipe.anchor_samples == "noise":
+        noisy[2 * size :] = eps[2 * size :]  # the schedule's last step still holds a little signal
+    with torch.no_grad(), adapter_off(unet):
+        reference = denoiser.predict(noisy, t, conditions)
+    policy = denoiser.predict(noisy, t, conditions)
+
+    predictions = PairPredictions(
+        *policy[: 2 * size].split(size),
+        *reference[: 2 * size].split(size),
+        *target[: 2 * size].split(size),
+        chosen_unsafe=batch.chosen_unsafe.to(device),
+        rejected_unsafe=batch.rejected_unsafe.to(device),
+    )
+    if recipe.winner_preserving is not None:
+        predictions = preserve_winner(predictions, recipe.winner_preserving)
+    options = ObjectiveOptions(**{item.name: getattr(recipe, item.name) for item in fields(ObjectiveOptions)})
+    errors = predictions.errors()
+    loss = sum(
+        (weight * OBJECTIVES[name](predictions, options).mean() for name, weight in recipe.objective.items()),
+        start=torch.zeros((), device=device),
+    )
+    metrics = {"loss/preference": float(loss.detach()), **preference_metrics(errors, beta=recipe.beta)}
+    if recipe.sft_weight:
+        loss = loss + recipe.sft_weight * errors.policy_chosen.mean()
+    if recipe.anchor_weight:
+        anchor = anchor_loss(policy[2 * size :], reference[2 * size :])
+        metrics["loss/anchor"] = float(anchor.detach())
+        loss = loss + recipe.anchor_weight * anchor
+    return loss, {"loss": float(loss.detach()), **metrics}
