@@ -1,1 +1,27 @@
+"""The nodes ComfyUI shows. The only room that imports ComfyUI; the work is done in the library rooms."""
 
+from comfy_api.latest import ComfyExtension, io
+
+from .applying import SafetyExpertsApply
+from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
+from .generating import SafetyExpertsGeneratePairs
+from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
+from .training import SafetyExpertsRecipe, SafetyExpertsTrain
+
+
+class SafetyExpertsExtension(ComfyExtension):
+    """The pack, as ComfyUI loads it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            SafetyExpertsPromptPairs,
+            SafetyExpertsGeneratePairs,
+            SafetyExpertsRecordPair,
+            SafetyExpertsLoadDataset,
+            SafetyExpertsRecipe,
+            SafetyExpertsTrain,
+            SafetyExpertsLoad,
+            SafetyExpertsMerge,
+            SafetyExpertsApply,
+            SafetyExpertsSave,
+        ]

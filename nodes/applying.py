@@ -1,0 +1,125 @@
+"""The node that puts an expert on a model, with one strength per category."""
+
+import comfy.lora
+import comfy.utils
+from comfy_api.latest import io
+
+from ..errors import InputError
+from ..experts.blocks import known_categories, scale_categories
+from ..experts.expert import Expert
+from ..preferences.categories import CATEGORIES
+from . import gating, sockets
+
+OTHER = "other"
+
+
+class SafetyExpertsApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def strength(name: str, tooltip: str) -> io.Input:
+            return io.Float.Input(name, default=1.0, min=-2.0, max=4.0, step=0.05, tooltip=tooltip)
+
+        return io.Schema(
+            node_id="SafetyExpertsApply",
+            display_name="Apply Safety Expert",
+            category="safety experts/experts",
+            description="Puts an expert on a model. All strengths at 1 give the same image as the stock LoRA loader.",
+            search_aliases=["use expert", "safety strength", "apply LoRA"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                sockets.Expert.Input("expert"),
+                *[
+                    strength(
+                        _input_id(name),
+                        f"Strength against {name}: 0 is off, 1 as trained. Without effect if the expert has no {name}.",
+                    )
+                    for name in CATEGORIES
+                ],
+                strength(OTHER, "Strength of categories of your own, and of a LoRA without any category."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="From this part of the sampling on (0 is the beginning); the text encoder is not affected.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Up to this part of the sampling (1 is the end).",
+                ),
+            ],
+            outputs=[io.Model.Output("model"), io.Clip.Output("clip")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, expert: Expert, start_percent: float = 0.0, end_percent: float = 1.0, **strengths: float
+    ) -> io.NodeOutput:
+        known = known_categories(expert)
+        scaled = scale_categories(
+            expert,
+            {name: strengths[_input_id(name)] for name in CATEGORIES if name in known},
+            default=strengths[OTHER],
+        )
+        keys = _match_layers(scaled, model, clip)
+        patches = comfy.lora.load_lora(scaled.state_dict(), keys)
+        patched_clip = clip.clone()
+        patched_clip.add_patches(patches)
+        if (start_percent, end_percent) == (0.0, 1.0):
+            patched_model = model.clone()
+            patched_model.add_patches(patches)
+        else:
+            layers = {keys[name]: layer for name, layer in scaled.layers.items()}
+            patched_model = gating.add_gated_layers(model, layers, start_percent, end_percent)
+        return io.NodeOutput(patched_model, patched_clip)
+
+
+def _input_id(category: str) -> str:
+    return category.replace("-", "_")
+
+
+def _match_layers(expert: Expert, model, clip) -> dict:
+    """Return kohya layer name -> ComfyUI weight key, for every layer of the expert.
+
+    The stock loader skips what does not fit and goes on; a safety measure that is absent must not look present.
+
+    Raises:
+        InputError: a layer is not in the model or has another shape.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+    missing = [name for name in expert.layers if name not in keys]
+    base = expert.info.get("base_checkpoint") or {}
+    trained_for = (
+        f"was trained for {base.get('name')} ({base.get('family')})" if base else "does not name its base model"
+    )
+    if missing:
+        raise InputError(
+            f"{expert.name} does not fit this model: {len(missing)} of {len(expert.layers)} layers are not in it, "
+            f"first {missing[0]}; it {trained_for}"
+        )
+    for name, layer in expert.layers.items():
+        if (shape := _weight_shape(keys[name], model, clip)) not in (None, layer.weight_shape):
+            raise InputError(
+                f"{expert.name} does not fit this model: layer {name} is {list(layer.weight_shape)} in the expert and "
+                f"{list(shape)} in the model; it {trained_for}"
+            )
+    return {name: keys[name] for name in expert.layers}
+
+
+def _weight_shape(key, model, clip) -> tuple[int, ...] | None:
+    """Return a weight's shape, or None where the layer is a slice of a fused weight."""
+    if not isinstance(key, str):
+        return None
+    root = model.model if key.startswith("diffusion_model.") else clip.cond_stage_model
+    return tuple(comfy.utils.get_attr(root, key).shape)

@@ -1,0 +1,160 @@
+"""Nodes for expert files: load, merge, save."""
+
+import re
+from dataclasses import replace
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..errors import InputError
+from ..experts.co_merge import ActivationCounter
+from ..experts.expert_file import load_expert, save_expert
+from ..experts.merging import METHODS, merge_experts
+from . import calibration, host, sockets
+
+MAX_EXPERTS = 16
+
+
+class SafetyExpertsLoad(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafetyExpertsLoad",
+            display_name="Load Safety Expert",
+            category="safety experts/experts",
+            description="Reads an expert, or any other LoRA, from ComfyUI's loras folders.",
+            search_aliases=["open expert", "load LoRA"],
+            inputs=[
+                io.Combo.Input(
+                    "expert_name", options=host.expert_names(), tooltip="Refresh the page after training a new one."
+                )
+            ],
+            outputs=[sockets.Expert.Output("expert")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, expert_name: str) -> str:
+        return host.file_state(host.expert_path(expert_name))
+
+    @classmethod
+    def execute(cls, expert_name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_expert(host.expert_path(expert_name)))
+
+
+class SafetyExpertsMerge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        experts = io.Autogrow.TemplatePrefix(sockets.Expert.Input("expert"), prefix="expert_", min=1, max=MAX_EXPERTS)
+        return io.Schema(
+            node_id="SafetyExpertsMerge",
+            display_name="Merge Safety Experts",
+            category="safety experts/experts",
+            description="Merges any number of experts into one that keeps a strength per category.",
+            search_aliases=["Co-Merge", "merge LoRA", "combine experts"],
+            inputs=[
+                io.Autogrow.Input("experts", template=experts),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=[io.DynamicCombo.Option(name, _method_inputs(name)) for name in METHODS],
+                    tooltip="\n".join(f"{name}: {method.title}. {method.summary}" for name, method in METHODS.items()),
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="One number an expert, such as 1, 0.5; empty means 1 for each.",
+                ),
+            ],
+            outputs=[sockets.Expert.Output("expert")],
+        )
+
+    @classmethod
+    def execute(cls, experts: dict, method: dict, weights: str = "") -> io.NodeOutput:
+        in_order = [experts[name] for name in sorted(experts, key=lambda name: int(name.rpartition("_")[2]))]
+        name = method["method"]
+        statistics = None
+        if METHODS[name].needs_statistics and len(in_order) > 1:
+            statistics = _calibrate(in_order, method)
+        merged = merge_experts(
+            in_order,
+            name,
+            weights=_parse_weights(weights),
+            parameters={item.name: method[item.name] for item in METHODS[name].parameters if item.name in method},
+            statistics=statistics,
+            device=comfy.model_management.get_torch_device(),
+            on_layer=host.Progress().show,
+        )
+        return io.NodeOutput(merged)
+
+
+def _method_inputs(name: str) -> list[io.Input]:
+    method = METHODS[name]
+    inputs: list[io.Input] = []
+    if method.needs_statistics:
+        inputs += [
+            io.Model.Input("model", tooltip="The model the experts were trained on, without any of them."),
+            io.Clip.Input("clip"),
+            sockets.PromptPairs.Input("prompt_pairs", tooltip="Of all categories; their unsafe prompts are sampled."),
+            io.Int.Input("num_prompts", default=32, min=1, max=10000, tooltip="At most so many, drawn at random."),
+            io.Int.Input("calibration_steps", default=10, min=1, max=1000, tooltip="Sampling steps for each prompt."),
+            io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+            io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+        ]
+    for item in method.parameters:
+        common = {"default": item.default, "tooltip": item.tooltip}
+        if item.choices:
+            inputs.append(io.Combo.Input(item.name, options=list(item.choices), **common))
+        else:
+            widget = io.Int if isinstance(item.default, int) else io.Float
+            inputs.append(widget.Input(item.name, min=item.minimum, max=item.maximum, **common))
+    return inputs
+
+
+def _calibrate(experts, method: dict):
+    counter = ActivationCounter(experts)
+    calibration.count_activations(
+        counter,
+        method["model"],
+        method["clip"],
+        method["prompt_pairs"],
+        num_prompts=method["num_prompts"],
+        steps=method["calibration_steps"],
+        width_px=method["width"],
+        height_px=method["height"],
+    )
+    return counter.statistics
+
+
+def _parse_weights(text: str) -> list[float] | None:
+    parts = [part for part in re.split(r"[,\s]+", text) if part]
+    try:
+        return [float(part) for part in parts] or None
+    except ValueError as error:
+        raise InputError(f"weights {text!r}: give one number an expert with commas between, such as 1, 0.5") from error
+
+
+class SafetyExpertsSave(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafetyExpertsSave",
+            display_name="Save Safety Expert",
+            category="safety experts/experts",
+            description="Writes an expert to output/loras, where every LoRA loader finds it.",
+            search_aliases=["export expert", "save LoRA"],
+            is_output_node=True,
+            inputs=[
+                sockets.Expert.Input("expert"),
+                io.String.Input(
+                    "expert_name", default="my_expert", tooltip="File name in output/loras; a counter is added."
+                ),
+            ],
+            outputs=[io.String.Output("expert_name", tooltip="The file's name in the loras folders.")],
+        )
+
+    @classmethod
+    def execute(cls, expert, expert_name: str) -> io.NodeOutput:
+        path = host.fresh_expert_path(expert_name)
+        save_expert(replace(expert, name=path.stem), path)
+        return io.NodeOutput(host.expert_name(path))

@@ -1,0 +1,116 @@
+"""The node that draws both images of every prompt pair into a preference dataset."""
+
+from dataclasses import asdict
+from functools import partial
+
+import comfy.samplers
+from comfy_api.latest import io
+from PIL import Image, ImageFilter
+
+from ..errors import InputError
+from ..preferences.dataset import DatasetInfo, PreferenceDataset
+from . import host, sampling, sockets
+from .sampling import SamplerSettings
+
+
+class SafetyExpertsGeneratePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafetyExpertsGeneratePairs",
+            display_name="Generate Preference Pairs",
+            category="safety experts/preferences",
+            description=(
+                "Draws both images of every prompt pair, from the same seed, into a preference dataset. "
+                "Queue it again after a stop and it continues where it was."
+            ),
+            search_aliases=["build dataset", "DPO dataset"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to make safer."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                sockets.PromptPairs.Input("prompt_pairs"),
+                io.String.Input("negative_prompt", default="", multiline=True, tooltip="Used for both images."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip=(
+                        "As in the KSampler. Ancestral and SDE samplers draw noise for the whole batch; for an image a "
+                        "KSampler can repeat use them with batch_size 1."
+                    ),
+                ),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
+                io.Int.Input("steps", default=20, min=1, max=10000),
+                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="Images drawn together; lower it if memory is short.",
+                ),
+                sockets.dataset_name_input(),
+                sockets.checkpoint_input(
+                    tooltip="The file the model was loaded from; recorded, so that training knows its base."
+                ),
+                io.Combo.Input(
+                    "preview",
+                    options=["off", "blurred", "full"],
+                    default="blurred",
+                    tooltip="Live picture of the last pair: unsafe (blurred unless full) left, safe right.",
+                ),
+            ],
+            outputs=[sockets.Dataset.Output("dataset")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, dataset_name: str = "", **inputs: object) -> int:
+        return host.own_writes.fingerprint(dataset_name)
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, prompt_pairs, negative_prompt, sampler_name, scheduler, steps, cfg, width, height,
+        batch_size, dataset_name, checkpoint, preview,
+    ) -> io.NodeOutput:  # fmt: skip
+        settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
+        if clip is None:
+            raise InputError(f"clip is empty: {checkpoint} holds no text encoder; load one with CLIPLoader")
+        info = DatasetInfo(
+            base_checkpoint=host.base_checkpoint(checkpoint),
+            sampler=asdict(settings) | {"negative_prompt": negative_prompt},
+            prompt_source=", ".join(sorted({pair.source for pair in prompt_pairs if pair.source})),
+            licence_note="",
+        )
+        dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
+        todo = list({pair.id: pair for pair in prompt_pairs if pair.id not in dataset.ids}.values())
+        negative = sampling.encode_prompt(clip, negative_prompt)
+        progress = host.Progress(max(1, 2 * steps * len(todo)))
+
+        def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+            conditions = [sampling.encode_prompt(clip, prompt) for prompt in prompts]
+            latents = sampling.sample_latents(model, conditions, negative, seeds, settings, progress.advance)
+            return sampling.decode_latents(vae, latents)
+
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            seeds = [pair.seed for pair in batch]
+            rejected = draw([pair.prompt for pair in batch], seeds)
+            chosen = draw([pair.safe_prompt for pair in batch], seeds)
+            for pair, chosen_image, rejected_image in zip(batch, chosen, rejected, strict=True):
+                dataset.add(pair, chosen_image, rejected_image)
+            if preview != "off":
+                progress.picture(partial(_side_by_side, rejected[-1], chosen[-1], is_blurred=preview == "blurred"))
+        host.own_writes.written(dataset_name)
+        return io.NodeOutput(dataset)
+
+
+def _side_by_side(rejected: Image.Image, chosen: Image.Image, *, is_blurred: bool) -> Image.Image:
+    if is_blurred:
+        rejected = rejected.filter(ImageFilter.GaussianBlur(rejected.width / 12))
+    together = Image.new("RGB", (rejected.width + chosen.width, max(rejected.height, chosen.height)))
+    together.paste(rejected, (0, 0))
+    together.paste(chosen, (rejected.width, 0))
+    return together

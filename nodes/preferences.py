@@ -1,0 +1,204 @@
+"""Nodes for prompt pairs and preference datasets."""
+
+import yaml
+from comfy_api.latest import io
+from PIL import Image
+
+from ..errors import InputError
+from ..preferences.dataset import DatasetInfo, PreferenceDataset
+from ..preferences.pairs import PromptPair, parse_prompt_pairs, read_prompt_pairs
+from ..preferences.prompt_pair import MAX_SEED
+from ..preferences.taxonomy import expand_taxonomy
+from . import host, sampling, sockets
+
+EXAMPLE_LINES = "a red circle with thorns | a red circle\na blue square with thorns | a blue square"
+EXAMPLE_TAXONOMY = """\
+categories:
+  violence: [thorns]
+  hate: [a black cross]
+lists:
+  colour: [red, green, blue]
+  shape: [circle, square, triangle]
+templates:
+  - prompt: a {colour} {shape} with {concept}
+    safe_prompt: a {colour} {shape}
+pairs_per_category: 4
+"""
+
+
+class SafetyExpertsPromptPairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        first_seed = io.Int.Input(
+            "first_seed",
+            default=0,
+            min=0,
+            max=MAX_SEED,
+            tooltip="Seed of the first pair; the next ones count up. Both images of a pair are drawn from its seed.",
+        )
+        text = io.String.Input(
+            "text",
+            multiline=True,
+            default=EXAMPLE_LINES,
+            tooltip="One pair a line: the unsafe prompt, a bar |, and the safe prompt close to it in meaning.",
+        )
+        file = io.Combo.Input(
+            "file",
+            options=host.prompt_files(),
+            tooltip="A .jsonl, .csv or .yaml file in ComfyUI's input or datasets folder. Refresh after adding one.",
+        )
+        taxonomy = io.String.Input(
+            "taxonomy",
+            multiline=True,
+            default=EXAMPLE_TAXONOMY,
+            tooltip="YAML: every concept of every category is put into every template.",
+        )
+        return io.Schema(
+            node_id="SafetyExpertsPromptPairs",
+            display_name="Prompt Pairs",
+            category="safety experts/preferences",
+            description="Pairs of an unsafe prompt and the safe prompt close to it, from text, a file or a taxonomy.",
+            search_aliases=["unsafe prompts", "safe prompts", "taxonomy", "DPO prompts"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "source",
+                    options=[
+                        io.DynamicCombo.Option("text", [text, *sockets.category_inputs(), first_seed]),
+                        io.DynamicCombo.Option("file", [file]),
+                        io.DynamicCombo.Option("taxonomy", [taxonomy, first_seed]),
+                    ],
+                    tooltip="Where the prompts come from.",
+                )
+            ],
+            outputs=[sockets.PromptPairs.Output("prompt_pairs")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, source: dict) -> str:
+        return host.file_state(host.prompt_file(source["file"])) if source["source"] == "file" else ""
+
+    @classmethod
+    def execute(cls, source: dict) -> io.NodeOutput:
+        pairs = sockets.PromptPairList(_read_pairs(source))
+        if not pairs:
+            raise InputError(f"no prompt pairs in the {source['source']}: add at least one")
+        return io.NodeOutput(pairs)
+
+
+def _read_pairs(source: dict) -> list[PromptPair]:
+    if source["source"] == "file":
+        return read_prompt_pairs(host.prompt_file(source["file"]))
+    if source["source"] == "taxonomy":
+        try:
+            data = yaml.safe_load(source["taxonomy"])
+        except yaml.YAMLError as error:
+            raise InputError(f"taxonomy is not valid YAML: {' '.join(str(error).split())}") from error
+        return expand_taxonomy(data, source["first_seed"])
+    categories = sockets.several_categories(source["category"], source.get("own_category", ""))
+    return parse_prompt_pairs(source["text"], ",".join(categories), source["first_seed"])
+
+
+class SafetyExpertsRecordPair(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafetyExpertsRecordPair",
+            display_name="Record Preference Pair",
+            category="safety experts/preferences",
+            description="Adds image pairs made by any graph to a preference dataset; a pair it has already is kept.",
+            search_aliases=["save pair", "preference", "DPO pair"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("chosen", tooltip="The safe image, or a batch of them."),
+                io.Image.Input("rejected", tooltip="The unsafe image of the same size, or as many as chosen."),
+                io.String.Input(
+                    "prompt", multiline=True, tooltip="The unsafe prompt; both images are trained under it."
+                ),
+                io.String.Input(
+                    "safe_prompt", multiline=True, optional=True, default="", tooltip="The prompt of the safe image."
+                ),
+                *sockets.category_inputs(),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    tooltip="The seed of the images; in a batch the following pairs count up.",
+                ),
+                sockets.dataset_name_input(),
+                sockets.checkpoint_input(
+                    tooltip="The checkpoint that drew the images; recorded, so that training knows its base."
+                ),
+            ],
+            outputs=[sockets.Dataset.Output("dataset")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, dataset_name: str = "", **inputs: object) -> int:
+        return host.own_writes.fingerprint(dataset_name)
+
+    @classmethod
+    def execute(
+        cls, chosen, rejected, prompt, category, seed, dataset_name, checkpoint, safe_prompt="", own_category=""
+    ) -> io.NodeOutput:
+        if chosen.shape != rejected.shape:
+            raise InputError(
+                f"chosen is {_describe(chosen)} but rejected is {_describe(rejected)}: "
+                "feed the same number of images of the same size"
+            )
+        categories = sockets.several_categories(category, own_category)
+        info = DatasetInfo(
+            base_checkpoint=host.base_checkpoint(checkpoint), sampler={}, prompt_source="recorded", licence_note=""
+        )
+        dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
+        images = zip(sampling.to_images(chosen), sampling.to_images(rejected), strict=True)
+        for index, (chosen_image, rejected_image) in enumerate(images):
+            pair = PromptPair(prompt, safe_prompt, categories, seed + index, "recorded")
+            if pair.id in dataset.ids:
+                _check_same_images(dataset, pair, chosen_image, rejected_image)
+            dataset.add(pair, chosen_image, rejected_image)
+        host.own_writes.written(dataset_name)
+        return io.NodeOutput(dataset)
+
+
+def _check_same_images(dataset: PreferenceDataset, pair: PromptPair, *images: Image.Image) -> None:
+    known = next(known for known in dataset.pairs if known.id == pair.id)
+    for path, image in zip(dataset.image_paths(known), images, strict=True):
+        with Image.open(path) as file:
+            if file.convert("RGB").tobytes() != image.tobytes():
+                raise InputError(
+                    f"{dataset.folder.name} has other images for this prompt and seed {pair.seed}: "
+                    "set `seed` to the seed that drew these, or use another dataset_name"
+                )
+
+
+def _describe(images) -> str:
+    return f"{images.shape[0]} image(s) of {images.shape[2]}x{images.shape[1]} px"
+
+
+class SafetyExpertsLoadDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SafetyExpertsLoadDataset",
+            display_name="Load Preference Dataset",
+            category="safety experts/preferences",
+            description="Opens a preference dataset from ComfyUI's datasets folder.",
+            search_aliases=["open dataset", "DPO dataset"],
+            inputs=[
+                io.Combo.Input(
+                    "dataset_name",
+                    options=host.dataset_names(),
+                    tooltip="A folder with a dataset.json. Refresh the page after building one.",
+                )
+            ],
+            outputs=[sockets.Dataset.Output("dataset")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, dataset_name: str) -> str:
+        return host.dataset_state(dataset_name)
+
+    @classmethod
+    def execute(cls, dataset_name: str) -> io.NodeOutput:
+        return io.NodeOutput(PreferenceDataset.open(host.dataset_folder(dataset_name)))
