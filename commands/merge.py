@@ -46,9 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..experts.expert_file import load_expert, save_expert
-    from ..experts.merging import merge_experts
+    from ..experts.merging import find_method, merge_experts
 
+    method = find_method(arguments.method)
+    parameters = method.parse_parameters(_parse_parameters(arguments.set), arguments.method)
     experts = [load_expert(path) for path in arguments.experts]
+    statistics = _statistics(arguments, experts)
     with tqdm(desc="layers", disable=None) as bar:
 
         def show(done: int, total: int) -> None:
@@ -59,8 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
             experts,
             arguments.method,
             weights=weights,
-            parameters=_parse_parameters(arguments.set),
-            statistics=_statistics(arguments, experts),
+            parameters=parameters,
+            statistics=statistics,
             name=arguments.out.stem,
             device=arguments.device,
             on_layer=show,

@@ -1,0 +1,83 @@
+"""Expert files: kohya LoRAs that stock loaders read, with the expert's facts in the metadata (design §4)."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from ..errors import SafetyExpertsError
+from ..files import sha256_of_file
+from .expert import FORMAT_VERSION, METADATA_KEY, Expert
+from .tensor_file import read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+# Model family -> kohya's base model version and modelspec's architecture.
+_FAMILIES: dict[str, tuple[str | None, str | None]] = {
+    "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd21": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+}
+
+
+def save_expert(expert: Expert, path: str | os.PathLike) -> None:
+    """Write an expert; the same expert gives the same bytes, and success means it was read back and compared.
+
+    Raises:
+        SafetyExpertsError: a number is not finite, or the file could not be written; no file is left behind.
+    """
+    for name, layer in expert.layers.items():
+        if not (torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
+            raise SafetyExpertsError(
+                f"{path} was not written: layer {name} holds NaN or infinite numbers; "
+                "train again with a lower learning rate or in fp32"
+            )
+    write_tensors(path, expert.state_dict(), expert_metadata(expert))
+
+
+def load_expert(path: str | os.PathLike) -> Expert:
+    """Read an expert, or any LoRA in a known spelling (then with no categories).
+
+    Raises:
+        InputError: no such file, not safetensors, or keys that match nothing known; the message names the file.
+    """
+    tensors, metadata = read_tensors(path)
+    expert = Expert.from_state_dict(tensors, metadata, str(path))
+    expert.name = Path(path).stem
+    expert.file_sha256 = sha256_of_file(path)
+    return expert
+
+
+def expert_metadata(expert: Expert) -> dict[str, str]:
+    """Return the string metadata of an expert's file: `safety_experts`, kohya's `ss_*` and `modelspec.*`.
+
+    There is no time stamp in it: the same expert must give the same file.
+    """
+    info = {**expert.info, "format_version": FORMAT_VERSION}
+    base = info.get("base_checkpoint") or {}
+    recipe = info.get("recipe") or {}
+    version, architecture = _FAMILIES.get(str(base.get("family")), (None, None))
+    ranks = {layer.rank for layer in expert.layers.values()}
+    alphas = {layer.alpha for layer in expert.layers.values()}
+    optional = {
+        "ss_base_model_version": version,
+        "ss_sd_model_name": base.get("name"),
+        "ss_new_sd_model_hash": base.get("sha256"),
+        "ss_seed": info.get("seed"),
+        "ss_steps": info.get("step"),
+        "ss_learning_rate": recipe.get("learning_rate"),
+        "modelspec.architecture": architecture,
+    }
+    return {
+        METADATA_KEY: json.dumps(info, ensure_ascii=False, sort_keys=True, separators=(",", ":")),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_output_name": expert.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": expert.name,
+        **{key: str(value) for key, value in optional.items() if value is not None},
+    }

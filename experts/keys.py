@@ -1,0 +1,224 @@
+"""The one place that knows how LoRA files spell their keys: kohya is written, every common spelling is read.
+
+kohya            lora_unet_down_blocks_0_…_attn1_to_q.lora_down.weight / .lora_up.weight / .alpha
+diffusers PEFT   unet.down_blocks.0.….attn1.to_q.lora_A.weight / .lora_B.weight
+diffusers        unet.….attn1.to_q.lora.down.weight, unet.….attn1.processor.to_q_lora.down.weight
+peft             base_model.model.down_blocks.0.….lora_A.weight (also with an adapter name before .weight)
+native           diffusion_model.input_blocks.1.1.….lora_down.weight (also under lora_unet_)
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import InputError
+
+UNET_PREFIX = "lora_unet"
+_KEY = re.compile(
+    r"(?P<path>.+?)(?:"
+    r"\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight|"  # peft, with or without an adapter name
+    r"\.lora_(?P<kohya>down|up)\.weight|"
+    r"[._]lora\.(?P<diffusers>down|up)\.weight|"
+    r"\.lora_linear_layer\.(?P<old>down|up)\.weight|"
+    r"(?P<alpha>\.alpha))"
+)
+# A path's beginning tells which model it belongs to; the longest match is first.
+_COMPONENTS = {
+    "unet.": "unet",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "diffusion_model.": "unet",
+}
+_BARE_UNET = re.compile(
+    r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|"
+    r"input_blocks|middle_block|output_blocks)\."
+)
+_NATIVE_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_NATIVE_OTHER = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+
+
+@dataclass(frozen=True)
+class LoraParts:
+    """The tensors of one layer: down [r, in, …], up [out, r, …], and alpha as kohya counts it (scale alpha / r)."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+def kohya_name(module_path: str, prefix: str = UNET_PREFIX) -> str:
+    """Return the kohya name of a diffusers module, `down_blocks.0.….to_q` -> `lora_unet_down_blocks_0_…_to_q`."""
+    return f"{prefix}_{module_path.replace('.', '_')}"
+
+
+def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, LoraParts]:
+    """Sort LoRA tensors into layers by kohya module name.
+
+    Args:
+        tensors: down, up and alpha tensors under any known spelling.
+        metadata: string metadata of the file; diffusers ≥ 0.35 keeps rank and alpha there.
+        source: named in errors.
+
+    Raises:
+        InputError: a key matches nothing known, occurs twice, or a layer lacks one of its parts.
+    """
+    has_second_encoder = any(key.startswith("text_encoder_2.") for key in tensors)
+    found: dict[str, dict[str, Tensor]] = {}
+    origin: dict[str, tuple[str, str]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        place = match and _locate(match["path"])
+        if not match or not place:
+            unknown.append(key)
+            continue
+        component, path = place
+        module = _module_name(component, path, has_second_encoder)
+        part = _part(match)
+        if part in found.setdefault(module, {}):
+            raise InputError(f"{source}: layer {module} occurs twice, again as {key!r}; remove one spelling")
+        found[module][part] = tensor
+        origin[module] = place
+    if unknown or not found:
+        raise InputError(_unknown_keys_message(unknown, len(tensors), source))
+    adapter = _AdapterMetadata(metadata, source)
+    layers = {}
+    for module, parts in found.items():
+        if missing := [part for part in ("down", "up") if part not in parts]:
+            raise InputError(f"{source}: layer {module} has no {missing[0]} part; the file is incomplete")
+        rank = parts["down"].shape[0]
+        alpha = float(parts["alpha"]) if "alpha" in parts else adapter.alpha(*origin[module], rank)
+        layers[module] = LoraParts(parts["down"], parts["up"], alpha)
+    return layers
+
+
+def comfyui_matches(key: str) -> bool:
+    """Say whether stock ComfyUI's loader knows this spelling for an SD1.x, SD2.x or SDXL model (v0.30.0)."""
+    match = _KEY.fullmatch(key)
+    if not match:
+        return False
+    path = match["path"]
+    if path.startswith((f"{UNET_PREFIX}_", "lycoris_", "lora_te_", "lora_te1_", "lora_te2_", "diffusion_model.")):
+        return "." not in path or path.startswith("diffusion_model.")
+    if path.startswith("unet.") and not path.startswith("unet.base_model."):
+        # Its table spells attention layers `….processor.to_q`, so plain `….attn1.to_q` is ignored.
+        return ".to_" not in path or ".processor.to_" in path
+    return path.startswith(("text_encoder.text_model.", "text_encoder_2.text_model."))
+
+
+def _part(match: re.Match) -> str:
+    if match["letter"]:
+        return "down" if match["letter"] == "A" else "up"
+    return match["kohya"] or match["diffusers"] or match["old"] or "alpha"
+
+
+def _locate(path: str) -> tuple[str, str] | None:
+    """Split a key's path into its model ("unet", "text_encoder", …, or "" for kohya names) and the module path."""
+    if "." not in path:
+        if path.startswith("lycoris_"):
+            return "unet", path.removeprefix("lycoris_")
+        return ("", path) if path.startswith("lora_") else None
+    for prefix, component in _COMPONENTS.items():
+        if path.startswith(prefix):
+            return component, path.removeprefix(prefix).removeprefix("base_model.model.")
+    bare = path.removeprefix("base_model.model.")
+    if _BARE_UNET.match(bare):
+        return "unet", bare
+    return ("text_encoder", bare) if bare.startswith("text_model.") else None
+
+
+def _module_name(component: str, path: str, has_second_encoder: bool) -> str:
+    if component.startswith("text_encoder"):
+        prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
+        return kohya_name(path, prefix if has_second_encoder else "lora_te")
+    if component == "unet":
+        path = re.sub(r"\.processor\.to_out$", ".to_out.0", path).replace(".processor.", ".")
+        name = path.replace(".", "_")
+    elif path.startswith(f"{UNET_PREFIX}_"):
+        name = path.removeprefix(f"{UNET_PREFIX}_")
+    else:
+        return path
+    return kohya_name(_diffusers_from_native(name))
+
+
+def _diffusers_from_native(name: str) -> str:
+    """Translate `input_blocks_4_1_…` to `down_blocks_1_attentions_0_…`.
+
+    Counts two residual blocks a level, as SD1, SD2 and SDXL have.
+    """
+    if name in _NATIVE_OTHER:
+        return _NATIVE_OTHER[name]
+    match = re.fullmatch(r"(input|middle|output)_blocks?_(\d+)_(.+)", name)
+    if not match:
+        return name
+    side, first, rest = match[1], int(match[2]), match[3]
+    if side == "middle":
+        block = "mid_block"
+        kind, index = ("attentions", 0) if first == 1 else ("resnets", first // 2)
+        inner = rest
+    else:
+        position, inner = rest.split("_", 1)
+        level, index = divmod(first - 1 if side == "input" else first, 3)
+        block = f"{'down' if side == 'input' else 'up'}_blocks_{level}"
+        if inner in ("op", "conv"):
+            return f"{block}_{'downsamplers' if side == 'input' else 'upsamplers'}_0_conv"
+        kind = "resnets" if position == "0" else "attentions"
+    if kind == "resnets":
+        inner = _NATIVE_RESNET.get(inner, inner)
+    return f"{block}_{kind}_{index}_{inner}"
+
+
+class _AdapterMetadata:
+    """Rank and alpha as peft keeps them, in the `lora_adapter_metadata` that diffusers ≥ 0.35 writes."""
+
+    def __init__(self, metadata: Mapping[str, str], source: str):
+        try:
+            self._values = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}: metadata 'lora_adapter_metadata' is damaged ({error})") from error
+
+    def alpha(self, component: str, path: str, rank: int) -> float:
+        """Return kohya's alpha of a layer without an alpha tensor; the rank where the metadata says nothing."""
+
+        def value(name, default):
+            return self._values.get(f"{component}.{name}", self._values.get(name, default))
+
+        alpha = value("lora_alpha", rank)
+        for pattern, own in (value("alpha_pattern", None) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                alpha = own
+        # rsLoRA scales by alpha / sqrt(rank) where kohya scales by alpha / rank.
+        return float(alpha) * (math.sqrt(rank) if value("use_rslora", False) else 1.0)
+
+
+def _unknown_keys_message(unknown: Iterable[str], num_keys: int, source: str) -> str:
+    keys = list(unknown)
+    if not keys:
+        return f"{source} holds no tensors; give a LoRA file"
+    first = ", ".join(repr(key) for key in keys[:3])
+    text = " ".join(keys)
+    if "dora_scale" in text or "lora_magnitude_vector" in text:
+        hint = "DoRA is not a low-rank change and cannot be merged"
+    elif "hada_" in text or "lokr_" in text:
+        hint = "LoHa and LoKr files are not read; give a LoRA"
+    elif any(key.startswith(("model.diffusion_model.", "conv_in.", "first_stage_model.")) for key in keys):
+        hint = "this looks like a whole model; give a LoRA file"
+    else:
+        hint = "LoRA keys spelled the kohya, diffusers or peft way are read"
+    return f"{source}: {len(keys)} of {num_keys} keys are no LoRA keys, first {first}; {hint}"

@@ -1,0 +1,101 @@
+"""What a merge method is: facts for menus and docs, and a function that merges one layer."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import InputError
+from ..expert import LoraLayer
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One typed option of a method; nodes, command line and docs are made from it."""
+
+    name: str
+    default: float | int | str
+    tooltip: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def parse(self, value: Any, method: str) -> float | int | str:
+        """Return `value` (text from the command line is fine) as this parameter's type.
+
+        Raises:
+            InputError: not that type, out of range, or not one of the choices.
+        """
+        kind = type(self.default)
+        try:
+            parsed = kind(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{method}: {self.name} must be {kind.__name__}, got {value!r}") from error
+        if self.choices and parsed not in self.choices:
+            raise InputError(f"{method}: {self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+        if isinstance(parsed, (int, float)):
+            low = -math.inf if self.minimum is None else self.minimum
+            high = math.inf if self.maximum is None else self.maximum
+            if not low <= parsed <= high:
+                raise InputError(f"{method}: {self.name} must be from {low:g} to {high:g}, got {value!r}")
+        return parsed
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one expert brings to a layer: it counts as `weight · ΔW`. `index` is the expert's place in the merge."""
+
+    index: int
+    layer: LoraLayer
+    weight: float
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to merge: the parts of the experts that have it, in order, at least one."""
+
+    name: str
+    parts: Sequence[Part]
+    num_experts: int
+    parameters: Mapping[str, Any]
+    counts: Tensor | None = None  # [num_experts, out] activation counts, for methods that need statistics
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """The merged layer, None when nothing is left of it.
+
+    Args:
+        kept: experts whose whole rank is a block of the result, in order; None when the ranks are mixed.
+        facts: numbers for the metadata, such as retained energy.
+    """
+
+    layer: LoraLayer | None
+    kept: tuple[int, ...] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registry entry. `is_exact`: the file holds precisely what the formula says, nothing is truncated."""
+
+    title: str
+    paper_url: str
+    summary: str
+    merge_layer: Callable[[LayerTask], MergedLayer]
+    is_exact: bool = True
+    needs_statistics: bool = False
+    parameters: tuple[Parameter, ...] = ()
+
+    def parse_parameters(self, given: Mapping[str, Any], method: str) -> dict[str, Any]:
+        """Return every parameter, defaults filled in.
+
+        Raises:
+            InputError: a parameter that the method does not have, or a wrong value.
+        """
+        known = {parameter.name: parameter for parameter in self.parameters}
+        if unknown := [name for name in given if name not in known]:
+            raise InputError(f"{method} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+        return {name: item.parse(given.get(name, item.default), method) for name, item in known.items()}

@@ -1,0 +1,176 @@
+"""Merging experts into one, layer by layer, with where everything came from in the result's metadata."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .blocks import RankBlock, rank_blocks
+from .expert import Expert, LoraLayer, tensor_bytes
+from .merge_methods import METHODS, LayerTask, MergeMethod, Part
+
+__all__ = ["METHODS", "find_method", "merge_experts"]
+
+
+def merge_experts(
+    experts: Sequence[Expert],
+    method: str,
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+    name: str = "merged",
+    device: torch.device | str | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Expert:
+    """Merge experts; a layer that some expert lacks gets nothing from it.
+
+    Args:
+        experts: at least one; alphas and ranks may differ.
+        method: a key of METHODS.
+        weights: one a expert, default 1; each ΔW is multiplied by it.
+        parameters: the method's own; missing ones take their defaults.
+        statistics: layer -> counts [K, out] from ActivationCounter, for methods that need them; K in `experts`' order.
+        name: of the result.
+        device: where to compute; default is where each expert's tensors are. The result is on the CPU.
+        on_layer: called with (layers done, layers in all).
+
+    Returns:
+        Expert, float32, with parents, method, parameters and (where ranks stay apart) rank blocks in its info.
+
+    Raises:
+        InputError: unknown method or parameter, shapes that differ, or statistics that are missing or do not fit.
+    """
+    entry = find_method(method)
+    experts = list(experts)
+    if not experts:
+        raise InputError("nothing to merge: give at least one expert")
+    chosen_weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
+    if len(chosen_weights) != len(experts):
+        raise InputError(f"{len(chosen_weights)} weights for {len(experts)} experts; give one weight an expert")
+    values = entry.parse_parameters(parameters or {}, method)
+    if entry.needs_statistics and statistics is None and len(experts) > 1:
+        raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
+
+    names = list(dict.fromkeys(layer for expert in experts for layer in expert.layers))
+    layers: dict[str, LoraLayer] = {}
+    kept_by_layer: dict[str, tuple[int, ...]] | None = {}
+    facts: dict[str, Mapping[str, float]] = {}
+    for done, layer_name in enumerate(names, start=1):
+        parts = _parts(experts, chosen_weights, layer_name, device)
+        counts = None
+        if entry.needs_statistics and len(experts) > 1:
+            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts)
+        merged = entry.merge_layer(LayerTask(layer_name, parts, len(experts), values, counts))
+        if merged.layer is not None:
+            layers[layer_name] = LoraLayer(merged.layer.down.cpu(), merged.layer.up.cpu(), merged.layer.alpha)
+        if merged.kept is None:
+            kept_by_layer = None
+        elif kept_by_layer is not None:
+            kept_by_layer[layer_name] = merged.kept
+        if merged.facts:
+            facts[layer_name] = merged.facts
+        if on_layer:
+            on_layer(done, len(names))
+
+    if not layers:
+        raise InputError(
+            f"{method}: nothing is left of {', '.join(expert.name for expert in experts)}; they have no layers, or no "
+            "layer was active on the calibration prompts"
+        )
+    info = _merge_info(experts, method, chosen_weights, values)
+    if statistics is not None and entry.needs_statistics:
+        info["statistics_sha256"] = statistics_sha256(statistics)
+    if kept_by_layer is not None:
+        blocks = _merged_blocks(experts, kept_by_layer)
+        info["rank_blocks"] = [block.to_json(list(layers)) for block in blocks]
+    if facts:
+        info["layer_facts"] = {layer: dict(values) for layer, values in facts.items()}
+    return Expert(layers, info, name)
+
+
+def statistics_sha256(statistics: Mapping[str, Tensor]) -> str:
+    """Return a hash of activation counts: layer names, shapes and values."""
+    digest = hashlib.sha256()
+    for layer, counts in sorted(statistics.items()):
+        digest.update(f"{layer} {list(counts.shape)}\n".encode())
+        digest.update(tensor_bytes(counts.to(torch.int64)))
+    return digest.hexdigest()
+
+
+def find_method(method: str) -> MergeMethod:
+    """Return the registry entry of a method.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    if method not in METHODS:
+        raise InputError(f"no merge method {method!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def _parts(experts: Sequence[Expert], weights: Sequence[float], name: str, device) -> list[Part]:
+    parts: list[Part] = []
+    for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        layer = expert.layers.get(name)
+        if layer is None:
+            continue
+        if parts and parts[0].layer.weight_shape != layer.weight_shape:
+            first = parts[0]
+            raise InputError(
+                f"layer {name} is {list(first.layer.weight_shape)} in {experts[first.index].name} but "
+                f"{list(layer.weight_shape)} in {expert.name}; only experts of one model family can be merged"
+            )
+        if device is not None:
+            layer = LoraLayer(layer.down.to(device), layer.up.to(device), layer.alpha)
+        parts.append(Part(index, layer, weight))
+    return parts
+
+
+def _layer_counts(statistics: Mapping[str, Tensor], name: str, num_experts: int, parts: Sequence[Part]) -> Tensor:
+    up = parts[0].layer.up
+    expected = [num_experts, up.shape[0]]
+    if name not in statistics:
+        raise InputError(f"the statistics have no layer {name}; calibrate again with these experts")
+    counts = statistics[name]
+    if list(counts.shape) != expected:
+        raise InputError(
+            f"the statistics of layer {name} are {list(counts.shape)}, expected {expected} (experts, rows); "
+            "calibrate again with these experts"
+        )
+    return counts.to(up.device)
+
+
+def _merge_info(experts: Sequence[Expert], method: str, weights: Sequence[float], values: dict) -> dict:
+    bases = [expert.info.get("base_checkpoint") for expert in experts]
+    info = {
+        "categories": list(dict.fromkeys(category for expert in experts for category in expert.categories)),
+        "method": method,
+        "parameters": values,
+        "parents": [
+            {
+                "name": expert.name,
+                "sha256": expert.file_sha256,
+                "tensors_sha256": expert.tensors_sha256(),
+                "categories": expert.categories,
+                "weight": weight,
+            }
+            for expert, weight in zip(experts, weights, strict=True)
+        ],
+    }
+    if bases[0] and all(base == bases[0] for base in bases):
+        info["base_checkpoint"] = bases[0]
+    return info
+
+
+def _merged_blocks(experts: Sequence[Expert], kept_by_layer: Mapping[str, tuple[int, ...]]) -> list[RankBlock]:
+    """Blocks of the parents, in order, with their share in the layers that kept the parent."""
+    blocks = []
+    for index, expert in enumerate(experts):
+        for block in rank_blocks(expert):
+            ranks = {name: rank for name, rank in block.ranks.items() if index in kept_by_layer[name]}
+            blocks.append(RankBlock(block.name, block.categories, ranks))
+    return blocks
