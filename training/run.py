@@ -74,7 +74,7 @@ class TrainingRun:
             loss, metrics = batch_loss(self.unet, self.denoiser, self.plan.cache, batch, recipe, self.device)
             if not bool(torch.isfinite(loss)):
                 raise SafetyExpertsError(
-                    f"the loss became {float(loss)} at step {self.step + 1} of {recipe.steps}; "
+                    f"the loss became {float(loss.detach())} at step {self.step + 1} of {recipe.steps}; "
                     "lower learning_rate or beta, or set precision to fp32; no expert was written"
                 )
             (loss / recipe.accumulation_steps).backward()
