@@ -1,0 +1,182 @@
+"""What a preference dataset stores: `DatasetInfo` in dataset.json, and a `PreferencePair` a line of metadata.jsonl."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import pydantic
+
+from ..errors import InputError
+from .categories import canonical_categories
+from .prompt_pair import check_seed, check_text, parse_json_line
+
+FORMAT_VERSION = 1
+
+Review = Literal["accepted", "flipped", "dropped"]
+
+_RECORD_CONFIG = pydantic.ConfigDict(extra="forbid")
+_Pixels = Annotated[int, pydantic.Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One pair of images and what is known of it (design §3).
+
+    Args:
+        prompt: the condition both images are trained under: the unsafe prompt.
+        chosen_file_name: path of the chosen image, relative to the dataset folder.
+        chosen_unsafe: whether the chosen image is unsafe; None where nobody judged it.
+        scores: judge name -> number.
+        review: the reviewer's verdict, or None.
+    """
+
+    __pydantic_config__: ClassVar = _RECORD_CONFIG
+
+    id: str
+    prompt: str = field(repr=False)
+    safe_prompt: str = field(repr=False)
+    categories: tuple[str, ...]
+    chosen_file_name: str
+    rejected_file_name: str
+    chosen_unsafe: bool | None
+    rejected_unsafe: bool | None
+    seed: int
+    width_px: _Pixels
+    height_px: _Pixels
+    scores: dict[str, float] = field(default_factory=dict)
+    review: Review | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "categories", canonical_categories(self.categories))
+        for name in ("id", "prompt", "chosen_file_name", "rejected_file_name"):
+            if not getattr(self, name).strip():
+                raise InputError(f"field {name!r} is empty; fill it in")
+        for name in ("id", "prompt", "safe_prompt", "source"):
+            check_text(getattr(self, name), name)
+        for name in ("chosen_file_name", "rejected_file_name"):
+            _check_file_name(getattr(self, name), name)
+        check_seed(self.seed)
+        for judge, score in self.scores.items():
+            if not math.isfinite(score):
+                raise InputError(f"field 'scores': {judge} gave {score}; a score is a finite number")
+        if self.review is not None and self.review not in get_args(Review):
+            raise InputError(f"field 'review': {self.review!r} is none of {', '.join(get_args(Review))}; correct it")
+
+    def swapped(self) -> "PreferencePair":
+        """Return the pair with chosen and rejected exchanged, file names and flags both."""
+        return dataclasses.replace(
+            self,
+            chosen_file_name=self.rejected_file_name,
+            rejected_file_name=self.chosen_file_name,
+            chosen_unsafe=self.rejected_unsafe,
+            rejected_unsafe=self.chosen_unsafe,
+        )
+
+    def to_json(self) -> str:
+        """Return the pair as one line of metadata.jsonl, without the line break."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+
+
+def _check_file_name(name: str, field_name: str) -> None:
+    # Both kinds of path, so that a dataset made to attack Windows is refused everywhere.
+    windows = PureWindowsPath(name)
+    if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\\" in name:
+        raise InputError(f"field {field_name!r}: {name!r} leaves the dataset folder; use a name inside it, with /")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """How all images of a dataset were made.
+
+    Args:
+        base_checkpoint: {name, sha256, family} of the model that drew them; {} when they were not drawn here.
+        sampler: its settings, as JSON values; {} likewise.
+        prompt_source: where the prompts came from.
+        licence_note: what the licence of prompts and images asks for.
+    """
+
+    __pydantic_config__: ClassVar = _RECORD_CONFIG
+
+    base_checkpoint: dict[str, Any]
+    sampler: dict[str, Any]
+    prompt_source: str = ""
+    licence_note: str = ""
+
+    def to_json(self) -> str:
+        """Return the text of dataset.json."""
+        return (
+            json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(self), indent=2, ensure_ascii=False)
+            + "\n"
+        )
+
+    def difference(self, other: "DatasetInfo") -> str | None:
+        """Say in one line which checkpoint or sampler setting differs from `other`'s, or None.
+
+        A checkpoint is its sha256: a renamed file is the same one.
+        """
+        mine, theirs = (json.loads(info.to_json()) for info in (self, other))
+        fields = [("base_checkpoint", "sha256")]
+        fields += [("sampler", name) for name in dict.fromkeys([*mine["sampler"], *theirs["sampler"]])]
+        for group, name in fields:
+            ours, others = mine[group].get(name), theirs[group].get(name)
+            if ours != others:
+                return f"{group}.{name} is {others!r} in the dataset and {ours!r} here"
+        return None
+
+
+@dataclass(frozen=True)
+class _DatasetFile(DatasetInfo):
+    format_version: int = field(kw_only=True)
+
+
+_PAIR = pydantic.TypeAdapter(PreferencePair)
+_DATASET_FILE = pydantic.TypeAdapter(_DatasetFile)
+
+
+def parse_pair(line: bytes, where: str) -> PreferencePair:
+    """Read one line of metadata.jsonl.
+
+    Raises:
+        InputError: a field is unknown, missing or wrong, naming `where` and the field.
+    """
+    return parse_json_line(_PAIR, line, where)
+
+
+def find_dataset_file(folder: Path) -> Path:
+    """Return the dataset.json of a folder.
+
+    Raises:
+        InputError: there is no such folder, or it holds no dataset.
+    """
+    path = folder / "dataset.json"
+    if path.is_file():
+        return path
+    if not folder.is_dir():
+        raise InputError(f"no dataset folder {folder}; check the name")
+    if has_foreign_files(folder):
+        raise InputError(f"{folder} is not a preference dataset: it has no dataset.json; choose another folder")
+    raise InputError(f"{folder} holds no preference dataset yet; draw images for its prompt pairs first")
+
+
+def has_foreign_files(folder: Path) -> bool:
+    """Say whether a folder holds what neither a dataset nor `dataset import` puts there."""
+    own = {"dataset.json", "metadata.jsonl", "prompt_pairs.jsonl", "images"}
+    return any(path.name not in own and not path.name.startswith(".") for path in folder.iterdir())
+
+
+def read_info(path: Path) -> DatasetInfo:
+    """Read dataset.json.
+
+    Raises:
+        InputError: it was written by a newer version, or a field is unknown, missing or wrong.
+    """
+    read = parse_json_line(_DATASET_FILE, path.read_bytes(), str(path))
+    if read.format_version != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format_version is {read.format_version}, not {FORMAT_VERSION}; update Safety Experts to read it"
+        )
+    return DatasetInfo(read.base_checkpoint, read.sampler, read.prompt_source, read.licence_note)
