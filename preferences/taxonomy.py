@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import string
 from typing import Any
 
@@ -118,17 +119,17 @@ def _fill(text: str, values: dict[str, str]) -> str:
 def _combine(
     templates: list[tuple[str, str]], lists: dict[str, list[str]], concepts: list[str]
 ) -> list[tuple[str, str]]:
-    found: dict[tuple[str, str], None] = {}
+    found: set[tuple[str, str]] = set()
+    num_combinations = 0
     for prompt, safe_prompt in templates:
         used = {*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")}
         choices = {"concept": concepts} | {name: items for name, items in lists.items() if name in used}
+        num_combinations += math.prod(map(len, choices.values()))
+        if num_combinations > _MAX_COMBINATIONS:
+            raise InputError(f"templates: more than {_MAX_COMBINATIONS} combinations in a category; shorten the lists")
         for values in itertools.product(*choices.values()):
             filled = dict(zip(choices, values, strict=True))
-            found[_fill(prompt, filled), _fill(safe_prompt, filled)] = None
-            if len(found) > _MAX_COMBINATIONS:
-                raise InputError(
-                    f"templates: more than {_MAX_COMBINATIONS} combinations in a category; shorten the lists"
-                )
+            found.add((_fill(prompt, filled), _fill(safe_prompt, filled)))
     return sorted(found, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
 
 
