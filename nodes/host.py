@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import comfy
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -96,7 +95,7 @@ def training_on_device() -> Iterator[torch.device]:
 
 def clip_tokenizer_folder() -> Path:
     """Return ComfyUI's own copy of CLIP's tokenizer, so that training needs no download."""
-    return Path(comfy.__path__[0]) / "sd1_tokenizer"
+    return Path(comfy.utils.__file__).parent / "sd1_tokenizer"
 
 
 # --- datasets ---
@@ -180,7 +179,8 @@ def prompt_files() -> list[str]:
     found = []
     for label, root in _prompt_roots().items():
         for folder, subfolders, files in os.walk(root):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            is_dataset = "dataset.json" in files  # its images are many, and none is a prompt file
+            subfolders[:] = [] if is_dataset else sorted(name for name in subfolders if not name.startswith("."))
             relative = Path(folder).relative_to(root)
             found += [
                 (label / relative / name).as_posix()
@@ -284,6 +284,12 @@ def fresh_expert_path(name: str) -> Path:
     path_inside(root, stem)
     folder, file_name, counter, _, _ = folder_paths.get_save_image_path(stem, str(root))
     return Path(folder) / f"{file_name}_{counter:05}_.safetensors"
+
+
+def previous_expert_path(path: Path) -> Path:
+    """Return the path `fresh_expert_path` gave before this one."""
+    prefix, counter, _ = path.name.rsplit("_", 2)
+    return path.with_name(f"{prefix}_{int(counter) - 1:05}_.safetensors")
 
 
 def expert_name(path: Path) -> str:

@@ -94,7 +94,7 @@ def _read_pairs(source: dict) -> list[PromptPair]:
         except yaml.YAMLError as error:
             raise InputError(f"taxonomy is not valid YAML: {' '.join(str(error).split())}") from error
         return expand_taxonomy(data, source["first_seed"])
-    categories = sockets.several_categories(source["category"], source.get("own_category", ""))
+    categories = sockets.several_categories(source["category"], source["own_category"])
     return parse_prompt_pairs(source["text"], ",".join(categories), source["first_seed"])
 
 

@@ -38,15 +38,16 @@ def category_inputs(*, with_all: bool = False) -> list[io.Input]:
     ]
 
 
-def one_category(category: str, own_category: str) -> str | None:
+# ComfyUI hands over None for an optional widget inside a dynamic combo that the request leaves out.
+def one_category(category: str, own_category: str | None) -> str | None:
     """Return the canonical category, or None for all of them."""
-    name = own_category.strip() or category
+    name = (own_category or "").strip() or category
     return None if name == ALL_CATEGORIES else canonical_category(name)
 
 
-def several_categories(category: str, own_category: str) -> tuple[str, ...]:
+def several_categories(category: str, own_category: str | None) -> tuple[str, ...]:
     """Return the canonical categories."""
-    return canonical_categories(own_category.strip() or category)
+    return canonical_categories((own_category or "").strip() or category)
 
 
 def dataset_name_input() -> io.Input:

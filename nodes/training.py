@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..errors import InputError, SafetyExpertsError
 from ..preferences.dataset import PreferenceDataset
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
-from ..training.trainer import StepRecord, TrainingStoppedError, train_expert
+from ..training.trainer import StepRecord, TrainingStoppedError, resume_path, train_expert
 from . import host, sockets
 from .curve import draw_curves
 
@@ -76,6 +76,13 @@ class SafetyExpertsTrain(io.ComfyNode):
                 io.String.Input(
                     "expert_name", default="my_expert", tooltip="File name in output/loras; a counter is added."
                 ),
+                io.Boolean.Input(
+                    "resume",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Go on where the last training of this expert_name was stopped; the options must be the same.",
+                ),
                 sockets.Recipe.Input("recipe", optional=True, tooltip="From Training Recipe, to change options."),
             ],
             outputs=[
@@ -87,11 +94,15 @@ class SafetyExpertsTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, dataset, checkpoint, category, recipe_name, expert_name, own_category="", recipe=None
+        cls, dataset, checkpoint, category, recipe_name, expert_name, own_category="", resume=False, recipe=None
     ) -> io.NodeOutput:
         recipe = recipe or load_recipe(recipe_name)
         path = host.fresh_expert_path(expert_name)
         checkpoint_path = _base_of(dataset) if checkpoint == DATASETS_CHECKPOINT else host.checkpoint_path(checkpoint)
+        unfinished = resume_path(host.previous_expert_path(path))
+        resume = resume and unfinished.exists()
+        if resume:
+            unfinished.replace(resume_path(path))
         progress = host.PatientProgress(recipe.steps)
         curves: dict[str, list[float]] = {"loss": [], "margin": []}
 
@@ -113,6 +124,7 @@ class SafetyExpertsTrain(io.ComfyNode):
                     category=sockets.one_category(category, own_category),
                     device=device,
                     tokenizer_folder=host.clip_tokenizer_folder(),
+                    resume=resume,
                     on_step=on_step,
                     should_stop=progress.is_cancelled,
                 )
