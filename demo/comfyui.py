@@ -240,7 +240,7 @@ class ComfyServer:
                     raise self._error(f"the workflow did not finish within {timeout_seconds:.0f} s and was interrupted")
                 try:
                     message = await messages.receive(timeout=_POLL_SECONDS)
-                except asyncio.TimeoutError:  # noqa: UP041 (another class before Python 3.11)
+                except asyncio.TimeoutError:
                     continue
                 if message.type is aiohttp.WSMsgType.TEXT and on_progress:
                     event = json.loads(message.data)

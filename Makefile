@@ -1,0 +1,62 @@
+# `make help` lists the targets. Only Python 3.10 or later and make are needed; everything else goes into $(VENV).
+# COMFYUI_PATH=<folder> uses the ComfyUI you have instead of a fetched one.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The ordinary wheels of one release, together: a CPU-only torch beside PyPI's torchvision does not import.
+TORCH ?= torch==2.12.1 torchvision==0.27.1 torchaudio==2.11.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/safety-experts-installed
+COMFYUI := $(VENV)/safety-experts-comfyui
+
+.PHONY: help demo test check format bench clean force
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(INSTALLED)  ## the whole pipeline on the toy world through a real ComfyUI (ARGS="--out DIR --fast")
+	$(BIN)/safety-experts demo $(ARGS)
+
+test: $(INSTALLED) lint  ## every test, on a real ComfyUI too (ARGS="-k merge" picks some)
+	$(BIN)/pytest $(ARGS)
+
+check: $(INSTALLED) lint  ## formatting, lint, types, and which room may import which
+	$(BIN)/mypy .
+	$(BIN)/pytest --quiet tests/test_boundaries.py
+
+format: $(INSTALLED)  ## put the code into the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## every benchmark that runs on this machine, into benchmarks/results
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the virtual environment and the tools' caches
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: lint
+lint: $(INSTALLED)
+	@$(BIN)/ruff format --quiet --check . || { echo "some files are not in the house format; run make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+
+# `python -m pytest` and the like would put this folder on sys.path, where nodes/ shadows ComfyUI's nodes.py:
+# call the commands in $(BIN) instead.
+$(INSTALLED): $(COMFYUI) pyproject.toml Makefile
+	@echo "Installing PyTorch, ComfyUI's requirements and this pack into $(VENV): about 5 GB and a few minutes, once"
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
+		$(TORCH) --requirement "$$(cat $(COMFYUI))/requirements.txt" --editable '.[test]'
+	@touch $@
+
+# Holds the ComfyUI's folder; rewritten only when that changes, so that its requirements are installed anew only then.
+$(COMFYUI): force | $(BIN)/python
+	@found="$$($(BIN)/python demo/comfyui_source.py)" && \
+		{ [ "$$found" = "$$(cat $@ 2>/dev/null)" ] || echo "$$found" > $@; }
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=<yours>")'
+	$(PYTHON) -m venv $(VENV)
+
+force:
