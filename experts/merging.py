@@ -55,12 +55,13 @@ def merge_experts(
     if entry.needs_statistics and statistics is None and len(experts) > 1:
         raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
 
+    expert_ids = [expert.tensors_sha256() for expert in experts]
     names = list(dict.fromkeys(layer for expert in experts for layer in expert.layers))
     layers: dict[str, LoraLayer] = {}
     kept_by_layer: dict[str, tuple[int, ...]] | None = {}
-    facts: dict[str, Mapping[str, float]] = {}
+    retained_energy: dict[str, float] = {}
     for done, layer_name in enumerate(names, start=1):
-        parts = _parts(experts, chosen_weights, layer_name, device)
+        parts = _parts(experts, expert_ids, chosen_weights, layer_name, device)
         counts = None
         if entry.needs_statistics and len(experts) > 1:
             counts = _layer_counts(statistics or {}, layer_name, len(experts), parts)
@@ -71,8 +72,8 @@ def merge_experts(
             kept_by_layer = None
         elif kept_by_layer is not None:
             kept_by_layer[layer_name] = merged.kept
-        if merged.facts:
-            facts[layer_name] = merged.facts
+        if merged.retained_energy is not None:
+            retained_energy[layer_name] = round(merged.retained_energy, 6)
         if on_layer:
             on_layer(done, len(names))
 
@@ -81,14 +82,14 @@ def merge_experts(
             f"{method}: nothing is left of {', '.join(expert.name for expert in experts)}; they have no layers, or no "
             "layer was active on the calibration prompts"
         )
-    info = _merge_info(experts, method, chosen_weights, values)
+    info = _merge_info(experts, expert_ids, method, chosen_weights, values)
     if statistics is not None and entry.needs_statistics:
         info["statistics_sha256"] = statistics_sha256(statistics)
     if kept_by_layer is not None:
         blocks = _merged_blocks(experts, kept_by_layer)
         info["rank_blocks"] = [block.to_json(list(layers)) for block in blocks]
-    if facts:
-        info["layer_facts"] = {layer: dict(values) for layer, values in facts.items()}
+    if retained_energy:
+        info["retained_energy"] = retained_energy
     return Expert(layers, info, name)
 
 
@@ -112,7 +113,9 @@ def find_method(method: str) -> MergeMethod:
     return METHODS[method]
 
 
-def _parts(experts: Sequence[Expert], weights: Sequence[float], name: str, device) -> list[Part]:
+def _parts(
+    experts: Sequence[Expert], expert_ids: Sequence[str], weights: Sequence[float], name: str, device
+) -> list[Part]:
     parts: list[Part] = []
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         layer = expert.layers.get(name)
@@ -126,7 +129,7 @@ def _parts(experts: Sequence[Expert], weights: Sequence[float], name: str, devic
             )
         if device is not None:
             layer = LoraLayer(layer.down.to(device), layer.up.to(device), layer.alpha)
-        parts.append(Part(index, layer, weight))
+        parts.append(Part(index, expert_ids[index], layer, weight))
     return parts
 
 
@@ -144,7 +147,9 @@ def _layer_counts(statistics: Mapping[str, Tensor], name: str, num_experts: int,
     return counts.to(up.device)
 
 
-def _merge_info(experts: Sequence[Expert], method: str, weights: Sequence[float], values: dict) -> dict:
+def _merge_info(
+    experts: Sequence[Expert], expert_ids: Sequence[str], method: str, weights: Sequence[float], values: dict
+) -> dict:
     bases = [expert.info.get("base_checkpoint") for expert in experts]
     info = {
         "categories": list(dict.fromkeys(category for expert in experts for category in expert.categories)),
@@ -154,11 +159,11 @@ def _merge_info(experts: Sequence[Expert], method: str, weights: Sequence[float]
             {
                 "name": expert.name,
                 "sha256": expert.file_sha256,
-                "tensors_sha256": expert.tensors_sha256(),
+                "tensors_sha256": expert_id,
                 "categories": expert.categories,
                 "weight": weight,
             }
-            for expert, weight in zip(experts, weights, strict=True)
+            for expert, expert_id, weight in zip(experts, expert_ids, weights, strict=True)
         ],
     }
     if bases[0] and all(base == bases[0] for base in bases):

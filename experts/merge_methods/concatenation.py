@@ -1,37 +1,47 @@
 """Weighted sums without error: the factors are laid side by side, so ranks add up and nothing is rounded away.
 
-A = [A_1; …; A_K]    B = [w_1 s_1 B_1, …, w_K s_K B_K]    ⇒    B A = Σ_k w_k ΔW_k        s = alpha / rank
+Formula: A = [A_1; …; A_K], B = [c_1 s_1 B_1, …, c_K s_K B_K], so that B A = Σ_k c_k ΔW_k (s = alpha / rank).
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ..expert import LoraLayer
 from .method import LayerTask, MergedLayer, Part
 
 
-def concatenate(parts: Sequence[Part], row_masks: Sequence[torch.Tensor] | None = None) -> LoraLayer:
-    """Return Σ_k w_k ΔW_k as one layer, float32, alpha = rank.
+def concatenate(task: LayerTask, parts: Sequence[Part], coefficients: Sequence[float | Tensor]) -> MergedLayer:
+    """Return Σ_k c_k · weight_k ΔW_k exactly; each part keeps its whole rank as a block.
+
+    A single expert that nothing multiplies stays as it is, to the bit.
 
     Args:
+        task: gives the layer's shape.
         parts: at least one.
-        row_masks: for each part [out] bool; False rows of its ΔW are left out.
+        coefficients: one a part, a number or one number a row, [out].
     """
-    downs, ups = [], []
-    for position, part in enumerate(parts):
-        up = part.layer.up.float() * (part.weight * part.layer.scale)
-        if row_masks is not None:
-            up = up * row_masks[position].to(up).reshape(-1, *[1] * (up.ndim - 1))
-        downs.append(part.layer.down.float())
-        ups.append(up)
-    down = torch.cat(downs)
-    return LoraLayer(down, torch.cat(ups, dim=1), float(down.shape[0]))
+    if task.num_experts == 1 and parts[0].weight == 1.0 and coefficients[0] == 1.0:
+        return MergedLayer(parts[0].layer, (parts[0].index,))
+    ups, downs = [], []
+    for part, coefficient in zip(parts, coefficients, strict=True):
+        up, down = part.factors()
+        ups.append(up * (coefficient[:, None] if isinstance(coefficient, Tensor) else coefficient))
+        downs.append(down)
+    layer = task.make_layer(torch.cat(ups, dim=1), torch.cat(downs))
+    return MergedLayer(layer, tuple(part.index for part in parts))
 
 
 def merge_linear(task: LayerTask) -> MergedLayer:
-    """ΔW = Σ_k w_k ΔW_k."""
-    kept = tuple(part.index for part in task.parts)
-    if task.num_experts == 1 and task.parts[0].weight == 1.0:
-        return MergedLayer(task.parts[0].layer, kept)  # the identity, to the bit
-    return MergedLayer(concatenate(task.parts), kept)
+    """ΔW = Σ_k ΔW_k."""
+    return concatenate(task, task.parts, [1.0] * len(task.parts))
+
+
+def merge_average(task: LayerTask) -> MergedLayer:
+    """ΔW = (1 / K) Σ_k ΔW_k over all K experts; who lacks the layer counts as zero."""
+    return concatenate(task, task.parts, [1.0 / task.num_experts] * len(task.parts))
+
+
+def merge_task_arithmetic(task: LayerTask) -> MergedLayer:
+    """ΔW = scale · Σ_k ΔW_k."""
+    return concatenate(task, task.parts, [task.parameters["scale"]] * len(task.parts))

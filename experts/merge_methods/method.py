@@ -1,10 +1,12 @@
 """What a merge method is: facts for menus and docs, and a function that merges one layer."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...errors import InputError
@@ -45,11 +47,27 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Part:
-    """What one expert brings to a layer: it counts as `weight · ΔW`. `index` is the expert's place in the merge."""
+    """What one expert brings to a layer. Methods see `weight · ΔW`, as if the expert had been trained that strong.
+
+    Args:
+        index: the expert's place in the merge.
+        expert_id: hash of the expert, so that random draws follow it wherever it stands.
+    """
 
     index: int
+    expert_id: str
     layer: LoraLayer
     weight: float
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return (up [out, r], down [r, in·kh·kw]) with up @ down = weight · ΔW."""
+        up = self.layer.up.to(dtype).flatten(1) * (self.weight * self.layer.scale)
+        return up, self.layer.down.to(dtype).flatten(1)
+
+    def delta(self) -> Tensor:
+        """Return weight · ΔW, dense float32, [out, in·kh·kw]."""
+        up, down = self.factors()
+        return up @ down
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,19 @@ class LayerTask:
     parameters: Mapping[str, Any]
     counts: Tensor | None = None  # [num_experts, out] activation counts, for methods that need statistics
 
+    def generator(self, part: Part) -> torch.Generator:
+        """Return the random numbers of one expert in this layer, by the parameter `seed`, on the CPU."""
+        text = repr((self.parameters["seed"], self.name, part.expert_id))
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+    def make_layer(self, up: Tensor, down: Tensor) -> LoraLayer:
+        """Return up [out, r] @ down [r, in·kh·kw] as a float32 layer of this task's shape, alpha = r."""
+        example = self.parts[0].layer
+        rank = down.shape[0]
+        shape = (up.shape[0], rank, *[1] * (example.up.ndim - 2))
+        down = down.float().reshape(rank, *example.down.shape[1:]).contiguous()
+        return LoraLayer(down, up.float().reshape(shape).contiguous(), float(rank))
+
 
 @dataclass(frozen=True)
 class MergedLayer:
@@ -69,12 +100,12 @@ class MergedLayer:
 
     Args:
         kept: experts whose whole rank is a block of the result, in order; None when the ranks are mixed.
-        facts: numbers for the metadata, such as retained energy.
+        retained_energy: ‖truncated ΔW‖² / ‖ΔW‖² where the layer was truncated.
     """
 
     layer: LoraLayer | None
     kept: tuple[int, ...] | None = None
-    facts: Mapping[str, float] = field(default_factory=dict)
+    retained_energy: float | None = None
 
 
 @dataclass(frozen=True)

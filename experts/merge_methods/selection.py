@@ -1,34 +1,79 @@
-"""Co-Merge by row: every output row is taken from the expert that is most often the most active there.
+"""Co-Merge: every piece of a layer comes from one expert, the most active one there. No piece is mixed.
 
-    w(j) = argmax_k counts[k, j]    ΔW[j, :] = weight_w ΔW_w[j, :]        with w = w(j)
+AlignGuard's code for it is not published; these are our readings of its figure, exact where they can be:
 
-The result is exactly a LoRA: A = [A_1; …; A_K], and B holds expert k's winning rows in block k and zeros elsewhere.
-Ties go to the earlier expert. A dead row (no count at all) is zero, unless there is only one expert. Experts that win
-no row take no rank. Our reading (R1) of AlignGuard's Co-Merge, whose code is not published.
+    row      ΔW[j, :] = ΔW_w[j, :],  w = argmax_k strength[k, j]      a LoRA: rank block k holds the rows k won
+    layer    ΔW = ΔW_w,              w = argmax_k Σ_j strength[k, j]  a LoRA
+    factor   A[i, m] from argmax_k |A_k[i, m]|, B[j, i] from argmax_k |s_k B_k[j, i]|; rank stays, needs equal ranks
+    weight   ΔW[j, m] from argmax_k |ΔW_k[j, m]|; dense, then truncated
+
+With activations, strength[k, j] counts how often k is the most active in row j. Without data it is ‖ΔW_k[j, :]‖. Inputs
+shared by all experts cancel in `weight` (and in A of `factor`), so it needs no data by its nature.
+Ties go to the earlier expert. A dead row, where nobody is active, is zero. Experts that win nothing take no rank.
 """
 
 import torch
+from torch import Tensor
 
+from ...errors import InputError
 from .concatenation import concatenate, merge_linear
 from .method import LayerTask, MergedLayer
+from .truncation import truncate_dense
 
 
-def merge_rows(task: LayerTask) -> MergedLayer:
-    """ΔW[j, :] = weight · ΔW[j, :] of the expert with the largest count in row j."""
+def merge_by_activation(task: LayerTask) -> MergedLayer:
+    """Select rows or the layer by activation counts."""
+    if task.num_experts == 1:
+        return merge_linear(task)  # no contest
+    assert task.counts is not None
+    return _select(task, task.counts)
+
+
+def merge_by_weight(task: LayerTask) -> MergedLayer:
+    """Select rows, the layer, factor elements or weights by size alone."""
     if task.num_experts == 1:
         return merge_linear(task)
-    assert task.counts is not None
-    winners = row_winners(task.counts)
+    if task.parameters["granularity"] == "factor":
+        return _select_factor_elements(task)
+    if task.parameters["granularity"] == "weight":
+        deltas = torch.stack([part.delta() for part in task.parts])
+        return truncate_dense(task, deltas.gather(0, first_largest(deltas.abs())[None])[0])
+    norms = torch.zeros(task.num_experts, task.parts[0].layer.up.shape[0], device=task.parts[0].layer.up.device)
+    for part in task.parts:
+        up, down = part.factors()
+        triangle = torch.linalg.qr(down.T).R  # down = triangle.T @ orthonormal rows
+        norms[part.index] = (up @ triangle.T).norm(dim=1)
+    return _select(task, norms)
+
+
+def row_winners(strength: Tensor) -> Tensor:
+    """Return [out] int64: the winner of each row of strength [K, out], ties to the earlier expert, -1 for dead rows."""
+    return torch.where(strength.amax(dim=0) > 0, first_largest(strength), -1)
+
+
+def first_largest(values: Tensor) -> Tensor:
+    """Return the index of the largest value along the first dimension; of equal ones the first."""
+    best = values.amax(dim=0)
+    return (values == best).cummax(dim=0).values.logical_not().sum(dim=0)  # argmax promises no order among ties
+
+
+def _select(task: LayerTask, strength: Tensor) -> MergedLayer:
+    if task.parameters["granularity"] == "layer":
+        strength = strength.sum(dim=1, keepdim=True).expand_as(strength)
+    winners = row_winners(strength)
     chosen = [part for part in task.parts if bool((winners == part.index).any())]
     if not chosen:
         return MergedLayer(None, kept=())
-    layer = concatenate(chosen, [winners == part.index for part in chosen])
-    return MergedLayer(layer, tuple(part.index for part in chosen))
+    return concatenate(task, chosen, [(winners == part.index).float() for part in chosen])
 
 
-def row_winners(counts: torch.Tensor) -> torch.Tensor:
-    """Return [out] int64: the winner of each row of counts [K, out], ties to the earlier expert, -1 for dead rows."""
-    best = counts.amax(dim=0)
-    # argmax promises no order among ties; the first True does.
-    first = (counts == best).int().cumsum(dim=0).eq(0).sum(dim=0)
-    return torch.where(best > 0, first, -1)
+def _select_factor_elements(task: LayerTask) -> MergedLayer:
+    ranks = {part.layer.rank for part in task.parts}
+    if len(ranks) > 1:
+        raise InputError(
+            f"layer {task.name} has ranks {sorted(ranks)}; granularity factor needs experts of one rank, use row"
+        )
+    ups, downs = (torch.stack(factors) for factors in zip(*(part.factors() for part in task.parts), strict=True))
+    up = ups.gather(0, first_largest(ups.abs())[None])[0]
+    down = downs.gather(0, first_largest(downs.abs())[None])[0]
+    return MergedLayer(task.make_layer(up, down))

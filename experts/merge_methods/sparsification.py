@@ -1,0 +1,107 @@
+"""Methods that drop part of each dense ΔW_k, then add up or vote on signs; the result is truncated to a low rank.
+
+Everything is done on ΔW, layer by layer. Run on the factors, as several mergers do, it is another method.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from .method import LayerTask, MergedLayer, Part
+from .truncation import truncate_dense
+
+
+def merge_magnitude_prune(task: LayerTask) -> MergedLayer:
+    """ΔW = Σ_k the `density` largest elements of ΔW_k."""
+    return _add(task, lambda part: keep_largest(part.delta(), task.parameters["density"]))
+
+
+def merge_dare(task: LayerTask) -> MergedLayer:
+    """ΔW = Σ_k ΔW_k with random elements dropped, the rest divided by `density` to keep the expected sum."""
+    return _add(task, lambda part: _drop_at_random(task, part))
+
+
+def merge_breadcrumbs(task: LayerTask) -> MergedLayer:
+    """ΔW = Σ_k ΔW_k without its `gamma` largest elements, of the rest those that make up `density`."""
+    return _add(task, lambda part: keep_middle(part.delta(), task.parameters["density"], task.parameters["gamma"]))
+
+
+def merge_ties(task: LayerTask) -> MergedLayer:
+    """Trim each ΔW_k to its `density` largest elements, elect a sign for each element, average those that agree."""
+    return _vote(task, lambda part: keep_largest(part.delta(), task.parameters["density"]))
+
+
+def merge_dare_ties(task: LayerTask) -> MergedLayer:
+    """DARE's random dropping, then the sign election and average of TIES."""
+    return _vote(task, lambda part: _drop_at_random(task, part))
+
+
+def merge_della(task: LayerTask) -> MergedLayer:
+    """Drop small elements of each row more often than large ones (MagPrune), then elect and average as TIES does.
+
+    An element of rank i (0 the smallest) among n in its row is kept with probability
+    density - epsilon/2 + epsilon · i / (n - 1), and divided by it.
+    """
+    density, epsilon = task.parameters["density"], task.parameters["epsilon"]
+    if density - epsilon / 2 <= 0 or density + epsilon / 2 > 1:
+        raise InputError(
+            f"della: density {density:g} ± epsilon {epsilon:g} / 2 must stay above 0 and up to 1; lower epsilon"
+        )
+
+    def drop(part: Part) -> Tensor:
+        delta = part.delta()
+        probability = della_probabilities(delta, density, epsilon)
+        return torch.where(_uniform(task, part, delta) < probability, delta / probability, 0.0)
+
+    return _vote(task, drop)
+
+
+def keep_largest(delta: Tensor, fraction: float) -> Tensor:
+    """Zero all but the largest `fraction` of a matrix by magnitude."""
+    return keep_middle(delta, fraction, 0.0)
+
+
+def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
+    """Zero the largest `gamma` and, of the rest, all but the largest `density` of all elements, by magnitude."""
+    if density + gamma > 1.0 + 1e-9:
+        raise InputError(f"density {density:g} and gamma {gamma:g} together are more than 1; lower one of them")
+    num_top, num_kept = int(gamma * delta.numel()), int(density * delta.numel())
+    order = delta.abs().flatten().topk(min(num_top + num_kept, delta.numel())).indices[num_top:]
+    kept = torch.zeros_like(delta).flatten()
+    kept[order] = delta.flatten()[order]
+    return kept.reshape(delta.shape)
+
+
+def della_probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Return the probability with which MagPrune keeps each element, [out, in]."""
+    rank_in_row = delta.abs().argsort(dim=1).argsort(dim=1)
+    return density - epsilon / 2 + epsilon * rank_in_row / max(delta.shape[1] - 1, 1)
+
+
+def elect_and_average(deltas: Tensor) -> Tensor:
+    """Return, for each element, the mean of those values [K, …] whose sign is that of their sum; zeros do not count."""
+    agree = (deltas.sign() == torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)) & (deltas != 0)
+    return (deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+
+
+def _add(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
+    total = sparsify(task.parts[0])
+    for part in task.parts[1:]:
+        total += sparsify(part)
+    return truncate_dense(task, total * task.parameters["scale"])
+
+
+def _vote(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
+    deltas = torch.stack([sparsify(part) for part in task.parts])
+    return truncate_dense(task, elect_and_average(deltas) * task.parameters["scale"])
+
+
+def _drop_at_random(task: LayerTask, part: Part) -> Tensor:
+    delta, density = part.delta(), task.parameters["density"]
+    return torch.where(_uniform(task, part, delta) < density, delta / density, 0.0)
+
+
+def _uniform(task: LayerTask, part: Part, delta: Tensor) -> Tensor:
+    return torch.rand(delta.shape, generator=task.generator(part)).to(delta.device)
