@@ -4,7 +4,6 @@ Other node files ask here for paths and devices, so every path that comes from a
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import time
@@ -240,14 +239,8 @@ def base_checkpoint(name: str) -> dict[str, str]:
     Raises:
         InputError: there is no such checkpoint, or it is of a family that cannot be trained.
     """
-    path = checkpoint_path(name)
-    return {"name": name, **_identify(path, file_state(path))}
-
-
-@functools.lru_cache(maxsize=32)
-def _identify(path: Path, state: str) -> dict[str, str]:  # a file of several gigabytes is hashed once a session
-    checkpoint = load_checkpoint(path, tokenizer_folder=clip_tokenizer_folder())
-    return {"sha256": checkpoint.sha256, "family": checkpoint.family}
+    checkpoint = load_checkpoint(checkpoint_path(name), tokenizer_folder=clip_tokenizer_folder())
+    return {"name": name, "sha256": checkpoint.sha256, "family": checkpoint.family}
 
 
 # --- experts ---

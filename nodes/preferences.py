@@ -92,7 +92,9 @@ def _read_pairs(source: dict) -> list[PromptPair]:
         try:
             data = yaml.safe_load(source["taxonomy"])
         except yaml.YAMLError as error:
-            raise InputError(f"taxonomy is not valid YAML: {' '.join(str(error).split())}") from error
+            mark = getattr(error, "problem_mark", None)
+            line = f" line {mark.line + 1}" if mark else ""
+            raise InputError(f"taxonomy{line}: not valid YAML; correct it") from None  # its text would be quoted
         return expand_taxonomy(data, source["first_seed"])
     categories = sockets.several_categories(source["category"], source["own_category"])
     return parse_prompt_pairs(source["text"], ",".join(categories), source["first_seed"])

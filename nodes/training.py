@@ -81,7 +81,7 @@ class SafetyExpertsTrain(io.ComfyNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Go on where the last training of this expert_name was stopped; the options must be the same.",
+                    tooltip="Go on where the last training of this name was stopped; the options must be the same.",
                 ),
                 sockets.Recipe.Input("recipe", optional=True, tooltip="From Training Recipe, to change options."),
             ],

@@ -1,0 +1,177 @@
+"""Training in a real ComfyUI: a few steps on a few pairs of the test model."""
+
+import json
+import math
+
+import graphs
+import pytest
+from graphs import Graph
+from safety_experts.errors import SafetyExpertsError
+from safety_experts.experts.expert_file import load_expert
+
+TEXT = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("red", "green", "blue", "yellow"))
+OVERRIDES = "batch_size=2  # of 4 pairs\nanchor_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
+
+
+@pytest.fixture(scope="session")
+def dataset(server, checkpoint) -> str:
+    graph = Graph()
+    graphs.add_generation(graph, checkpoint, "to_train_on", TEXT)
+    server.run(graph)
+    return "to_train_on"
+
+
+def _train(dataset: str, expert_name: str, steps: int = 3, overrides: str = "", **inputs) -> tuple[Graph, str]:
+    graph = Graph()
+    recipe = graph.add("SafetyExpertsRecipe", recipe="toy", overrides=f"{OVERRIDES}steps={steps}\n{overrides}")
+    settings = {"checkpoint": "(the one that drew the dataset)", "category": "all", "recipe_name": "toy"}
+    node = graph.add(
+        "SafetyExpertsTrain",
+        dataset=(graph.add("SafetyExpertsLoadDataset", dataset_name=dataset), 0),
+        recipe=(recipe, 0),
+        expert_name=expert_name,
+        **{**settings, **inputs},
+    )
+    return graph, node
+
+
+def _expert_path(server, name: str):
+    return server.base_directory / "output" / "loras" / name
+
+
+def test_a_trained_expert_loads_in_the_stock_loaders_with_every_key(server, checkpoint, dataset):
+    graph, node = _train(dataset, "stock")
+    shown = graph.add("PreviewAny", source=(node, 2))
+    losses = graph.add("PreviewAny", source=(node, 1))
+    loader = graphs.checkpoint_loader(graph, checkpoint)
+    applied = graph.add("LoraModelLoader", model=(loader, 0), lora=(node, 0), strength_model=1.0, bypass=False)
+    from_socket = graphs.add_image(graph, checkpoint, "a red circle with thorns", 7, model=(applied, 0))
+    socket_image = graphs.draw(server, graph, from_socket)
+    outputs = server.run(graph)["outputs"]
+    (name,) = outputs[shown]["text"]
+
+    stock = Graph()
+    loader = graphs.checkpoint_loader(stock, checkpoint)
+    applied = stock.add(
+        "LoraLoader", model=(loader, 0), clip=(loader, 1), lora_name=name, strength_model=1.0, strength_clip=1.0
+    )
+    image = graphs.draw(
+        server, stock, graphs.add_image(stock, checkpoint, "a red circle with thorns", 7, model=(applied, 0))
+    )
+
+    assert name == "stock_00001_.safetensors"
+    assert (socket_image == image).all()
+    server.check_log()
+    expert = load_expert(_expert_path(server, name))
+    assert expert.categories == ["violence"]
+    assert expert.info["base_checkpoint"]["name"] == checkpoint
+    curve = json.loads(outputs[losses]["text"][0])["loss"]
+    assert len(curve) == 3
+    assert curve[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_finished_training_runs_again_only_when_the_dataset_changed(server, dataset):
+    graph, node = _train(dataset, "cached")
+    metadata = server.base_directory / "datasets" / dataset / "metadata.jsonl"
+
+    def is_cached() -> bool:
+        return node in graphs.cached_nodes(server.run(graph))
+
+    first, second = is_cached(), is_cached()
+    lines = [json.loads(line) for line in metadata.read_text().splitlines()]
+    lines[0]["review"] = "dropped"
+    original = metadata.read_text()
+    metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after_edit = is_cached()
+    metadata.write_text(original)
+
+    assert (first, second, after_edit) == (False, True, False)
+    assert len(list(_expert_path(server, "").glob("cached_*_.safetensors"))) == 2
+
+
+def test_cancel_saves_the_expert_and_resuming_gives_the_uninterrupted_one(server, dataset):
+    steps = 40
+    graph, node = _train(dataset, "cancelled", steps=steps)
+
+    def cancel_after_a_few_steps(node_id: str, value: int, total: int) -> None:
+        if node_id == node and total == steps and value >= 3:
+            server.interrupt()
+
+    with pytest.raises(SafetyExpertsError, match="interrupted"):
+        server.wait(server.queue(graph), on_progress=cancel_after_a_few_steps)
+    saved = load_expert(_expert_path(server, "cancelled_00001_.safetensors"))
+    resumed, _ = _train(dataset, "cancelled", steps=steps, resume=True)
+    server.run(resumed)
+    straight, _ = _train(dataset, "straight", steps=steps)
+    server.run(straight)
+
+    assert 3 <= saved.info["step"] < steps
+    assert "cancelled_00001_" in server.log_text()
+    experts = [
+        load_expert(_expert_path(server, f"{name}_.safetensors")) for name in ("cancelled_00002", "straight_00001")
+    ]
+    assert experts[0].info["step"] == steps
+    assert experts[0].tensors_sha256() == experts[1].tensors_sha256()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"overrides": "stepz=3"}, "unknown field 'stepz'"),
+        ({"overrides": "steps=-1"}, "steps"),
+        ({"overrides": "steps"}, "'steps' is not of the form key=value"),
+        ({"overrides": "learning_rate=1e30\nbeta=1e9"}, "the loss became (nan|inf)"),
+        ({"category": "hate"}, "no pairs of category 'hate'"),
+        ({"category": "hate", "own_category": "Big Spiders"}, "no pairs of category 'big-spiders'"),
+        ({"expert_name": "../wrong"}, "leaves the folder"),
+        ({"expert_name": ""}, "name is empty"),
+        ({"checkpoint": "unknown.safetensors"}, "unknown.safetensors"),
+    ],
+)
+def test_a_wrong_training_is_a_one_line_error_and_leaves_no_file(server, dataset, inputs, message):
+    checkpoints = server.base_directory / "models" / "checkpoints"
+    (checkpoints / "unknown.safetensors").write_bytes(b"no model")
+    graph, _ = _train(dataset, **{"expert_name": "wrong", "steps": 5, **inputs})
+
+    with pytest.raises(SafetyExpertsError, match=message) as caught:
+        server.run(graph)
+
+    assert "\n" not in str(caught.value)
+    assert not list(_expert_path(server, "").rglob("wrong*"))
+    assert not list(_expert_path(server, "").rglob("*.resume"))
+
+
+def test_a_dataset_whose_checkpoint_is_gone_says_so(server, dataset):
+    description = server.base_directory / "datasets" / dataset / "dataset.json"
+    original = description.read_text()
+    info = json.loads(original)
+    info["base_checkpoint"]["name"] = "gone.safetensors"
+    description.write_text(json.dumps(info))
+    metadata = description.with_name("metadata.jsonl")
+    metadata.touch()  # what a change of the dataset is known by
+    graph, _ = _train(dataset, "gone")
+
+    try:
+        with pytest.raises(SafetyExpertsError, match=r"'gone\.safetensors', is not in ComfyUI's checkpoints folders"):
+            server.run(graph)
+    finally:
+        description.write_text(original)
+        metadata.touch()
+
+
+def test_a_truncated_image_is_named(server, dataset):
+    folder = server.base_directory / "datasets" / dataset
+    line = graphs.dataset_lines(server, dataset)[0]
+    image = folder / line["chosen_file_name"]
+    original = image.read_bytes()
+    image.write_bytes(original[: len(original) // 2])
+    (folder / "metadata.jsonl").touch()
+    graph, _ = _train(dataset, "truncated")
+
+    try:
+        with pytest.raises(SafetyExpertsError, match=image.name):
+            server.run(graph)
+    finally:
+        image.write_bytes(original)
+        (folder / "metadata.jsonl").touch()
+    server.run(graph)
