@@ -1,0 +1,83 @@
+"""Reading a safetensors file of several gigabytes one tensor at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+
+class WeightsFile:
+    """A safetensors file: its keys and shapes at once, its tensors when asked for.
+
+    Raises:
+        InputError: no such file, a pickle, or not a complete safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+            raise InputError(
+                f"{path} is a pickle, which can run code when it is read: load it in ComfyUI and write it anew with "
+                "Save Checkpoint, then use that .safetensors file"
+            )
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise InputError(f"no such file: {path}; check the name") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path} is truncated or not a safetensors file ({error}); download or copy it again"
+            ) from error
+        self.keys = frozenset(self._file.keys())
+
+    def has_prefix(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.keys)
+
+    def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors under `prefix`, their keys without it."""
+        return {
+            key[len(prefix) :]: tuple(self._file.get_slice(key).get_shape())
+            for key in self.keys
+            if key.startswith(prefix)
+        }
+
+    def tensor(self, key: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            InputError: the file has no such key.
+        """
+        if key not in self.keys:
+            raise InputError(f"{self.path} lacks the weight {key}: the file is incomplete; download or save it again")
+        return self._file.get_tensor(key)
+
+
+def fill(
+    model: nn.Module, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str, source: Path
+) -> None:
+    """Give a model made on the meta device its weights, one by one, frozen and in evaluation mode.
+
+    Args:
+        model: its parameters and persistent buffers are replaced.
+        read: key of the model's state dict -> tensor of the same shape (or, for 1x1 convolutions, the same numbers).
+        dtype, device: what the weights are converted to as they are read, so no second copy of the model exists.
+        source: named in errors.
+
+    Raises:
+        InputError: a weight is missing or has another shape.
+    """
+    weights = {}
+    for key, expected in model.state_dict().items():
+        tensor = read(key)
+        if tensor.numel() != expected.numel():
+            raise InputError(
+                f"{source}: the weight for {key} has shape {list(tensor.shape)} instead of {list(expected.shape)}; "
+                "the file is damaged or of a variant that cannot be trained"
+            )
+        weights[key] = tensor.to(device=device, dtype=dtype).reshape(expected.shape)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.requires_grad_(False).eval()
