@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import sha256_of_file
 from ..preferences.dataset import PreferenceDataset, PreferencePair
+from ..preferences.images import read_image
 from .checkpoint import Checkpoint
 from .tensor_store import TensorStore
 
@@ -24,19 +24,13 @@ PASSES_PER_SHARD = 16
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
-def read_image(path: Path) -> Tensor:
-    """Read an RGB image as [3, h, w] float32 in [0, 1], cropped at the centre to multiples of 8 pixels.
+def read_pixels(path: Path) -> Tensor:
+    """Read an image as [3, h, w] float32 in [0, 1], cropped at the centre to multiples of 8 pixels.
 
     Raises:
         InputError: the file is missing, truncated or smaller than 8 pixels.
     """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(
-            f"cannot read image {path}: {' '.join(str(error).split())}; restore it or drop its pair"
-        ) from error
+    image = read_image(path)
     width_px, height_px = image.width // 8 * 8, image.height // 8 * 8
     if not width_px or not height_px:
         raise InputError(f"image {path} is {image.width}x{image.height} px; at least 8x8 is needed")
@@ -88,7 +82,7 @@ class PairCache:
         for group in _chunks(list(missing.items()), IMAGES_PER_PASS):
             by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
             for key, (path, flipped) in group:
-                pixels = read_image(path)
+                pixels = read_pixels(path)
                 by_shape.setdefault(pixels.shape, []).append((key, pixels.flip(-1) if flipped else pixels))
             for items in by_shape.values():
                 latents = vae.encode_images(torch.stack([pixels for _, pixels in items])).float().cpu()

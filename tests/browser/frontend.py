@@ -1,0 +1,86 @@
+"""Drive ComfyUI's real frontend in a real Chromium (Playwright, `CHROMIUM` or /usr/bin/chromium)."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+# Columns by distance from the inputs, rows one below the other: reads from left to right, no two nodes overlap.
+_ARRANGE = """() => {
+  const graph = app.graph, depth = {};
+  const depthOf = node => depth[node.id] ??= Math.max(0, ...(node.inputs ?? []).map(input => {
+    const link = input.link != null && graph.links[input.link];
+    return link ? depthOf(graph.getNodeById(link.origin_id)) + 1 : 0;
+  }));
+  const columns = [];
+  for (const node of [...graph._nodes].sort((a, b) => a.id - b.id)) (columns[depthOf(node)] ??= []).push(node);
+  let x = 40;
+  for (const column of columns) {
+    let y = 80;
+    for (const node of column) {
+      const [width, height] = node.computeSize();
+      const isText = node.widgets?.some(widget => widget.type === 'customtext');
+      node.setSize([Math.max(width, isText ? 380 : 260), Math.max(height, isText ? 150 : 60)]);
+      node.pos = [x, y];
+      for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
+      y += node.size[1] + 70;
+    }
+    x += Math.max(...column.map(node => node.size[0])) + 70;
+  }
+  graph.setDirtyCanvas(true, true);
+}"""
+
+
+class Frontend:
+    """One browser page with ComfyUI open."""
+
+    def __init__(self, page: Page, url: str):
+        self.page = page
+        page.goto(url)
+        page.wait_for_function("() => window.app?.extensionManager && window.app.graph", timeout=120_000)
+        page.wait_for_timeout(3000)  # the templates dialog of a first visit opens late
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(500)
+
+    def open_api_graph(self, graph: dict[str, Any], name: str) -> None:
+        """Turn a graph in API format into nodes, arranged."""
+        self.page.evaluate("async ([graph, name]) => app.loadApiJson(graph, name)", [graph, name])
+        self.page.wait_for_timeout(1000)
+        self.page.evaluate(_ARRANGE)
+
+    def open_workflow(self, workflow: dict[str, Any], name: str) -> None:
+        """Open a saved workflow, as dropping its file on the canvas does."""
+        self.page.evaluate("async ([flow, name]) => app.loadGraphData(flow, true, true, name)", [workflow, name])
+        self.page.wait_for_timeout(1000)
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return (workflow as saved, graph in API format) of what is open."""
+        result = self.page.evaluate(
+            "async () => { const {workflow, output} = await app.graphToPrompt(); return [workflow, output] }"
+        )
+        return result[0], result[1]
+
+    def press_run(self) -> None:
+        """Click the Run button."""
+        self.page.get_by_test_id("queue-button").click()
+
+    def fit_view(self) -> None:
+        """Show the whole graph."""
+        self.page.keyboard.press(".")
+        self.page.wait_for_timeout(1500)
+
+
+@contextlib.contextmanager
+def open_frontend(url: str) -> Iterator[Frontend]:
+    """Start Chromium, open ComfyUI at `url`, close it at the end."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"),
+            args=["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
+        )
+        try:
+            yield Frontend(browser.new_page(viewport={"width": 1600, "height": 900}), url)
+        finally:
+            browser.close()

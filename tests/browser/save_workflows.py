@@ -1,0 +1,38 @@
+"""Save example_workflows/*.json with the real frontend, from the graphs in example_workflows/api/.
+
+    python tests/browser/save_workflows.py            (needs playwright and Chromium; `make workflows` does it)
+
+Edit a graph in api/, run this, and look at the pictures it writes to docs/screenshots.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from frontend import open_frontend
+from safety_experts.demo.comfyui import ComfyServer
+from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    folder = ROOT / "example_workflows"
+    with ComfyServer() as server:
+        server.add_model(ensure_toy_checkpoint())
+        with open_frontend(server.url) as frontend:
+            for source in sorted((folder / "api").glob("*.json")):
+                graph = json.loads(source.read_text(encoding="utf-8"))
+                frontend.open_api_graph(graph, source.stem)
+                workflow, exported = frontend.export()
+                for number, node in graph.items():
+                    if exported[number]["inputs"] != node["inputs"]:
+                        print(f"{source.name}, node {number} ({node['class_type']}): the frontend changed its inputs")
+                        return 1
+                text = json.dumps(workflow, indent=2, ensure_ascii=False)
+                (folder / source.name).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
