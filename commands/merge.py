@@ -1,8 +1,9 @@
 """`safety-experts merge`: several experts into one file."""
 
 import argparse
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", metavar="DIR", help="dataset on whose prompts to count activations")
     parser.add_argument("--model", metavar="CKPT", help="base checkpoint to run for --calibration")
     parser.add_argument("--num-prompts", type=int, default=64, metavar="N", help="prompts to run (default: 64)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration's noise (default: 0)")
     parser.add_argument("--device", help="torch device (default: CPU for merging, accelerate's choice for calibration)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
@@ -43,8 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--calibration needs --model and the other way round")
     weights = _parse_weights(arguments.weights)
 
-    from tqdm import tqdm
-
     from ..experts.expert_file import load_expert, save_expert
     from ..experts.merging import find_method, merge_experts
 
@@ -52,12 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     parameters = method.parse_parameters(_parse_parameters(arguments.set), arguments.method)
     experts = [load_expert(path) for path in arguments.experts]
     statistics = _statistics(arguments, experts)
-    with tqdm(desc="layers", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("layers") as show:
         merged = merge_experts(
             experts,
             arguments.method,
@@ -73,6 +68,20 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"expert": str(arguments.out), "categories": merged.categories, "layers": len(merged.layers)}))
     else:
         print(f"{arguments.out}: {arguments.method} of {len(experts)}, {', '.join(merged.categories)}")
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of (done, total) that draws a bar on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=name, disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _parse_weights(text: str | None) -> list[float] | None:
@@ -102,14 +111,17 @@ def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "
 
     from ..training.calibration import collect_statistics
 
-    statistics = collect_statistics(
-        experts,
-        arguments.model,
-        arguments.calibration,
-        num_prompts=arguments.num_prompts,
-        seed=arguments.seed,
-        device=arguments.device,
-    )
+    with progress_bar("calibration") as show:
+        statistics = collect_statistics(
+            experts,
+            arguments.model,
+            arguments.calibration,
+            num_prompts=arguments.num_prompts,
+            seed=arguments.seed,
+            device=arguments.device,
+            tokenizer_folder=arguments.tokenizer,
+            on_step=show,
+        )
     if arguments.statistics:
         calibration = {
             "dataset": str(arguments.calibration),

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # Model family -> kohya's base model version and modelspec's architecture.
 _FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
-    "sd21": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sd20": ("sd_v2", None),  # modelspec tells 512 from 768 pixels, we do not
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
 }
 

@@ -127,7 +127,7 @@ def _parts(
                 f"layer {name} is {list(first.layer.weight_shape)} in {experts[first.index].name} but "
                 f"{list(layer.weight_shape)} in {expert.name}; only experts of one model family can be merged"
             )
-        if device is not None:
+        if device is not None and torch.device(device).type != "mps":  # which has no float64
             layer = LoraLayer(layer.down.to(device), layer.up.to(device), layer.alpha)
         parts.append(Part(index, expert_ids[index], layer, weight))
     return parts

@@ -1,0 +1,103 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safety_experts.errors import InputError
+from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.keys import kohya_name
+from safety_experts.experts.merging import merge_experts
+from safety_experts.training.calibration import collect_statistics, count_activations
+from safety_experts.training.denoiser import UNetDenoiser
+
+
+class Cache:
+    """Latents [4, 4, 4] and conditions [5, 8] from the pair's id and the prompt."""
+
+    def latents(self, pair):
+        generator = torch.Generator().manual_seed(pair.id)
+        return tuple(torch.randn(4, pair.size, 4, generator=generator) for _ in range(2))
+
+    def conditions(self, prompts):
+        values = [torch.randn(5, 8, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts]
+        return {"hidden_states": torch.stack(values)}
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    return UNetDenoiser(unet.eval(), torch.linspace(0.999, 0.005, 1000), "epsilon")
+
+
+@pytest.fixture
+def experts(denoiser):
+    made = []
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        layers = {
+            kohya_name(path): LoraLayer(
+                torch.randn(2, module.in_features, generator=generator),
+                torch.randn(module.out_features, 2, generator=generator),
+                2.0,
+            )
+            for path, module in denoiser.unet.named_modules()
+            if path.endswith(("attn1.to_q", "attn2.to_k"))
+        }
+        made.append(Expert(layers, {}, f"expert_{seed}"))
+    return made
+
+
+def make_pairs(num, size=4):
+    return [SimpleNamespace(id=number, prompt="x" * number, size=size) for number in range(num)]
+
+
+def test_every_token_and_row_has_one_winner(denoiser, experts):
+    seen = []
+    pairs = make_pairs(11)
+    counts = count_activations(
+        experts, denoiser, Cache(), pairs, seed=0, device="cpu", on_step=lambda *step: seen.append(step)
+    )
+    assert seen == [(8, 11), (11, 11)]
+    for name, values in counts.items():
+        tokens = 16 if "attn1" in name else 5  # latent pixels, or tokens of the prompt
+        assert values.sum(dim=0).eq(11 * tokens).all()
+        assert values.shape == (2, 16)
+    assert (counts[next(iter(counts))] > 0).all()
+
+
+def test_counts_depend_on_the_seed_and_not_on_the_grouping(denoiser, experts):
+    def count(pairs, seed=0):
+        return count_activations(experts, denoiser, Cache(), pairs, seed=seed, device="cpu")
+
+    pairs = [*make_pairs(9), *make_pairs(3, size=6)]
+    together, again, other = count(pairs), count(pairs), count(pairs, seed=1)
+    first, rest = count(pairs[:2]), count(pairs[2:])
+    for name, values in together.items():
+        assert torch.equal(again[name], values)
+        # Rounding differs with the batch, so a near tie may fall to the other side.
+        assert (first[name] + rest[name] - values).abs().sum() <= 0.001 * values.sum()
+    assert any(not torch.equal(other[name], values) for name, values in together.items())
+
+
+def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
+    counts = count_activations(experts, denoiser, Cache(), make_pairs(4), seed=0, device="cpu")
+    merged = merge_experts(experts, "co-merge", statistics=counts)
+    assert merged.layers.keys() == experts[0].layers.keys()
+    assert not any(module._forward_pre_hooks for module in denoiser.unet.modules())
+
+
+def test_a_missing_dataset_is_named(experts, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        collect_statistics(experts, tmp_path / "model.safetensors", tmp_path / "nowhere")

@@ -1,0 +1,119 @@
+"""Co-Merge's calibration outside the graph: the base UNet runs on a dataset's unsafe prompts, the experts are compared."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..experts.co_merge import ActivationCounter
+from ..experts.expert import Expert
+from ..preferences.dataset import PreferenceDataset, PreferencePair
+from .cache import PairCache
+from .checkpoint import load_checkpoint
+from .denoiser import UNetDenoiser
+from .lora import seeded_generator
+from .trainer import choose_device
+
+_PAIRS_PER_PASS = 8
+
+
+def collect_statistics(
+    experts: Sequence[Expert],
+    checkpoint_path: str | os.PathLike,
+    dataset_folder: str | os.PathLike,
+    *,
+    num_prompts: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    tokenizer_folder: str | os.PathLike | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Count, over a dataset, which expert is the most active in each output row of the base model.
+
+    Each drawn pair gives its rejected image, noised to a uniformly random timestep, under its unsafe prompt: states the
+    base model passes through when it draws what the experts are against.
+
+    Args:
+        experts: their order is the order of the counts.
+        checkpoint_path: the base model, without any expert.
+        dataset_folder: a preference dataset of all categories; pairs are drawn from it without repetition.
+        num_prompts: pairs at most.
+        seed: of the choice of pairs, the noise and the timesteps.
+        device: default is accelerate's choice.
+        on_step: called with (pairs done, pairs in all).
+
+    Returns:
+        layer -> [K, out] int64 counts, for `merge_experts(..., statistics=...)`.
+
+    Raises:
+        InputError: dataset or checkpoint are unusable, or hold no layer of the experts.
+    """
+    target = torch.device(device) if device is not None else choose_device()
+    half = target.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
+    dataset = PreferenceDataset.open(dataset_folder)
+    pairs = dataset.training_pairs()
+    if not pairs or num_prompts < 1:
+        raise InputError(
+            f"no pairs to calibrate on in {dataset_folder} (it has {len(pairs)}, {num_prompts} are wanted)"
+        )
+    order = torch.randperm(len(pairs), generator=seeded_generator(seed, "calibration"))[:num_prompts]
+    pairs = [pairs[index] for index in order.tolist()]
+    checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
+    with torch.inference_mode():
+        cache = PairCache(dataset, checkpoint, target, dtype)
+        cache.encode_pairs(pairs, flips=False, on_progress=lambda done, total: None)
+        cache.encode_prompts([pair.prompt for pair in pairs], on_progress=lambda done, total: None)
+        unet = checkpoint.load_unet(dtype=dtype, device=target)
+        denoiser = UNetDenoiser(unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, dtype if half else None)
+        return count_activations(experts, denoiser, cache, pairs, seed=seed, device=target, on_step=on_step)
+
+
+@torch.inference_mode()
+def count_activations(
+    experts: Sequence[Expert],
+    denoiser: UNetDenoiser,
+    cache: PairCache,
+    pairs: Sequence[PreferencePair],
+    *,
+    seed: int,
+    device: torch.device | str,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Do what `collect_statistics` does, with a loaded model and an encoded dataset."""
+    counter = ActivationCounter(experts)
+    done = 0
+    with counter.hook_modules(denoiser.unet.named_modules()):
+        for group in _groups_of_one_size(pairs, cache):
+            _predict(denoiser, cache, group, seed, device)
+            done += len(group)
+            if on_step:
+                on_step(done, len(pairs))
+    return counter.statistics
+
+
+def _groups_of_one_size(pairs: Sequence[PreferencePair], cache: PairCache) -> list[list[PreferencePair]]:
+    by_shape: dict[torch.Size, list[PreferencePair]] = {}
+    for pair in pairs:
+        by_shape.setdefault(cache.latents(pair)[1].shape, []).append(pair)
+    return [
+        group[start : start + _PAIRS_PER_PASS]
+        for group in by_shape.values()
+        for start in range(0, len(group), _PAIRS_PER_PASS)
+    ]
+
+
+def _predict(denoiser: UNetDenoiser, cache: PairCache, pairs: Sequence[PreferencePair], seed: int, device) -> None:
+    latents = torch.stack([cache.latents(pair)[1] for pair in pairs])
+    noise, timesteps = torch.empty_like(latents), torch.empty(len(pairs), dtype=torch.int64)
+    for index, pair in enumerate(pairs):
+        generator = seeded_generator(seed, "calibration", pair.id)
+        noise[index] = torch.randn(latents.shape[1:], generator=generator)
+        timesteps[index] = torch.randint(len(denoiser.alphas_cumprod), (), generator=generator)
+    conditions = {
+        name: values.to(device, torch.float32) for name, values in cache.conditions([p.prompt for p in pairs]).items()
+    }
+    noisy = denoiser.add_noise(latents.to(device), noise.to(device), timesteps.to(device))
+    denoiser.predict(noisy, timesteps.to(device), conditions)
