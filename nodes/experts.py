@@ -49,14 +49,14 @@ class SafetyExpertsMerge(io.ComfyNode):
             node_id="SafetyExpertsMerge",
             display_name="Merge Safety Experts",
             category="safety experts/experts",
-            description="Merges any number of experts into one that keeps a strength per category.",
+            description="Merges any number of experts of one model family into one LoRA.",
             search_aliases=["Co-Merge", "merge LoRA", "combine experts"],
             inputs=[
                 io.Autogrow.Input("experts", template=experts),
                 io.DynamicCombo.Input(
                     "method",
                     options=[io.DynamicCombo.Option(name, _method_inputs(name)) for name in METHODS],
-                    tooltip="\n".join(f"{name}: {method.title}. {method.summary}" for name, method in METHODS.items()),
+                    tooltip="How to merge; the help page explains each method.",
                 ),
                 io.String.Input(
                     "weights",
@@ -80,7 +80,7 @@ class SafetyExpertsMerge(io.ComfyNode):
             in_order,
             name,
             weights=_parse_weights(weights),
-            parameters={item.name: method[item.name] for item in METHODS[name].parameters if item.name in method},
+            parameters=_given_parameters(method),
             statistics=statistics,
             device=comfy.model_management.get_torch_device(),
             on_layer=host.Progress().show,
@@ -102,7 +102,8 @@ def _method_inputs(name: str) -> list[io.Input]:
             io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
         ]
     for item in method.parameters:
-        common = {"default": item.default, "tooltip": item.tooltip}
+        # Optional, so that saved workflows still run when a method gets a new parameter.
+        common = {"default": item.default, "tooltip": item.tooltip, "optional": True}
         if item.choices:
             inputs.append(io.Combo.Input(item.name, options=list(item.choices), **common))
         else:
@@ -124,6 +125,11 @@ def _calibrate(experts, method: dict):
         height_px=method["height"],
     )
     return counter.statistics
+
+
+def _given_parameters(method: dict) -> dict:
+    names = [item.name for item in METHODS[method["method"]].parameters]
+    return {name: method[name] for name in names if method[name] is not None}  # None: left out of the request
 
 
 def _parse_weights(text: str) -> list[float] | None:

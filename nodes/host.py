@@ -117,13 +117,11 @@ def dataset_folder(name: str) -> Path:
     Raises:
         InputError: the name is empty or leaves the datasets folder.
     """
-    if not name.strip() or not Path(name.strip()).parts:
-        raise InputError("dataset_name is empty: give the dataset a name")
     folders = []
     for root in folder_paths.get_folder_paths("datasets"):
         folder = path_inside(root, name.strip())
         if folder == Path(root).resolve():
-            raise InputError(f"dataset_name {name!r} is the datasets folder itself: use a name inside it")
+            raise InputError(f"dataset_name {name!r} names no folder: give the dataset a name such as my_dataset")
         folders.append(folder)
     return next((folder for folder in folders if (folder / "dataset.json").is_file()), folders[0])
 

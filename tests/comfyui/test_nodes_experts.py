@@ -20,9 +20,10 @@ templates: [{prompt: "a {colour} circle with {concept}", safe_prompt: "a {colour
 
 
 @pytest.fixture(scope="session")
-def attention_shapes(checkpoint_path) -> dict[str, tuple[int, int]]:
+def attention_shapes(server, checkpoint) -> dict[str, tuple[int, int]]:
     """Kohya name -> (out, in) of every attention layer of the test model."""
-    unet = load_checkpoint(checkpoint_path).load_unet(dtype=torch.float32, device="cpu")
+    path = server.base_directory / "models" / "checkpoints" / checkpoint
+    unet = load_checkpoint(path).load_unet(dtype=torch.float32, device="cpu")
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     return {
         kohya_name(path): tuple(module.weight.shape)

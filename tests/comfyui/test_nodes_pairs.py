@@ -131,8 +131,8 @@ def test_own_categories_replace_the_chosen_one(server, checkpoint):
     ("inputs", "message"),
     [
         ({"dataset_name": "../elsewhere"}, "leaves the folder"),
-        ({"dataset_name": " "}, "dataset_name is empty"),
-        ({"dataset_name": "."}, "use a name inside it"),
+        ({"dataset_name": " "}, "names no folder"),
+        ({"dataset_name": "a/.."}, "names no folder"),
         ({"prompt": ""}, "prompt is empty"),
         ({"image_seed": 6}, "has other images for this prompt and seed 5"),
     ],

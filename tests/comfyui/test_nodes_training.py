@@ -159,6 +159,16 @@ def test_a_dataset_whose_checkpoint_is_gone_says_so(server, dataset):
         metadata.touch()
 
 
+def test_an_empty_dataset_is_a_one_line_error(server, dataset):
+    empty = server.base_directory / "datasets" / "empty"
+    empty.mkdir()
+    (empty / "dataset.json").write_bytes((empty.with_name(dataset) / "dataset.json").read_bytes())
+    graph, _ = _train("empty", "empty")
+
+    with pytest.raises(SafetyExpertsError, match="empty has no pairs to train on"):
+        server.run(graph)
+
+
 def test_a_truncated_image_is_named(server, dataset):
     folder = server.base_directory / "datasets" / dataset
     line = graphs.dataset_lines(server, dataset)[0]
