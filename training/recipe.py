@@ -67,7 +67,7 @@ class Recipe(BaseModel):
         "attention", description="Which attention layers (to_q, to_k, to_v, to_out) get a LoRA."
     )
     steps: int = Field(2000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(4, ge=1, description="Pairs in one forward pass.")
+    batch_size: int = Field(4, ge=1, description="Pairs in one forward pass, of all processes together.")
     accumulation_steps: int = Field(4, ge=1, description="Forward passes an optimizer step; they add up to its batch.")
     learning_rate: float = Field(1.6e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(

@@ -17,6 +17,7 @@ from ..files import write_atomically
 from .batches import BatchPlan
 from .denoiser import Denoiser
 from .lora import lora_parameters
+from .processes import Processes
 from .recipe import Recipe
 from .step_loss import batch_loss
 
@@ -44,8 +45,18 @@ class TrainingRun:
         records: metrics of each step, one dict a step.
     """
 
-    def __init__(self, unet: nn.Module, denoiser: Denoiser, plan: BatchPlan, recipe: Recipe, device: torch.device):
+    def __init__(
+        self,
+        unet: nn.Module,
+        denoiser: Denoiser,
+        plan: BatchPlan,
+        recipe: Recipe,
+        device: torch.device,
+        processes: Processes | None = None,
+    ):
         self.unet, self.denoiser, self.plan, self.recipe, self.device = unet, denoiser, plan, recipe, device
+        self.processes = processes or Processes()
+        self.processes.check(recipe)
         self.parameters = lora_parameters(unet)
         if not self.parameters:
             raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
@@ -70,16 +81,18 @@ class TrainingRun:
             if should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
-            batch = self.plan.batch(self.step * recipe.accumulation_steps + micro)
+            batch = self.processes.share(self.plan.batch(self.step * recipe.accumulation_steps + micro))
             loss, metrics = batch_loss(self.unet, self.denoiser, self.plan.cache, batch, recipe, self.device)
-            if not bool(torch.isfinite(loss)):
+            metrics = self.processes.mean(metrics, self.device)
+            if not math.isfinite(metrics["loss"]):
                 raise SafetyExpertsError(
-                    f"the loss became {float(loss.detach())} at step {self.step + 1} of {recipe.steps}; "
+                    f"the loss became {metrics['loss']} at step {self.step + 1} of {recipe.steps}; "
                     "lower learning_rate or beta, or set precision to fp32; no expert was written"
                 )
             (loss / recipe.accumulation_steps).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / recipe.accumulation_steps
+        self.processes.average_gradients(self.parameters.values())
         rate = learning_rate_at(recipe, self.step)
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm))
         totals["learning_rate"] = rate

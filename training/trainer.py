@@ -19,6 +19,7 @@ from .cache import PairCache
 from .checkpoint import Checkpoint, load_checkpoint
 from .denoiser import UNetDenoiser
 from .lora import attach_lora, read_layers
+from .processes import Processes
 from .recipe import Recipe
 from .run import TrainingRun
 
@@ -51,13 +52,6 @@ class TrainResult:
 
 class TrainingStoppedError(SafetyExpertsError):
     """`should_stop` ended the run before its first step, so there is no expert to save."""
-
-
-def choose_device() -> torch.device:
-    """Return the device accelerate would train on: CUDA, XPU, MPS, … or the CPU."""
-    from accelerate import PartialState  # accelerate, diffusers and peft take seconds to import
-
-    return PartialState().device
 
 
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -98,7 +92,7 @@ def train_expert(
     Args:
         checkpoint_path: single-file checkpoint or diffusers folder; need not be the one that drew the dataset.
         category: train on the pairs of this category only; None takes all pairs.
-        device: default is accelerate's choice.
+        device: default is accelerate's choice, and its processes share the work; a device given means one process.
         tokenizer_folder: where CLIP's tokenizer lies, when it is not found by itself.
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
         on_step: called after every encoded group and every optimizer step.
@@ -113,11 +107,13 @@ def train_expert(
     """
     notify = on_step or (lambda record: None)
     stop_asked = should_stop or (lambda: False)
-    target_device = torch.device(device) if device is not None else choose_device()
+    processes, target_device = Processes.from_launcher() if device is None else (Processes(), torch.device(device))
+    processes.check(recipe)
     pairs = dataset.training_pairs(category)
     checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
     dtype = compute_dtype(recipe, target_device)
-    cache = _encode(dataset, pairs, checkpoint, recipe, target_device, dtype, notify, stop_asked)
+    with processes.main_first():
+        cache = _encode(dataset, pairs, checkpoint, recipe, target_device, dtype, notify, stop_asked)
     info = _describe(checkpoint, dataset, pairs, recipe, category)
 
     # A CPU keeps float32 weights and lets autocast convert them; elsewhere they would only take memory.
@@ -129,7 +125,7 @@ def train_expert(
     denoiser = UNetDenoiser(
         unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, dtype if dtype != torch.float32 else None
     )
-    run = TrainingRun(unet, denoiser, BatchPlan(pairs, cache, recipe), recipe, target_device)
+    run = TrainingRun(unet, denoiser, BatchPlan(pairs, cache, recipe), recipe, target_device, processes)
     state_path = resume_path(out_path)
     identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
     if resume:
@@ -141,7 +137,12 @@ def train_expert(
         stopped = metrics is None
         if metrics is not None:
             notify(StepRecord("train", run.step, recipe.steps, metrics))
-        if run.step and (stopped or run.step % recipe.save_steps == 0) and run.step < recipe.steps:
+        if (
+            processes.is_main
+            and run.step
+            and (stopped or run.step % recipe.save_steps == 0)
+            and run.step < recipe.steps
+        ):
             run.save(state_path, identity)
     if not run.step:
         raise TrainingStoppedError("stopped before the first training step; nothing was saved")
@@ -149,9 +150,10 @@ def train_expert(
     run.use_average()
     info |= {"step": run.step, "metrics": {name: round(value, 6) for name, value in run.records[-1].items()}}
     expert = Expert(layers=read_layers(unet, recipe.lora_alpha), info=info, name=Path(out_path).stem)
-    save_expert(expert, out_path)
-    if not stopped:
-        state_path.unlink(missing_ok=True)
+    if processes.is_main:
+        save_expert(expert, out_path)
+        if not stopped:
+            state_path.unlink(missing_ok=True)
     return TrainResult(expert, Path(out_path), run.records, stopped)
 
 

@@ -1,0 +1,56 @@
+"""Two real processes, started by torchrun and joined by gloo, against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MemoryCache, make_pair, tiny_unet
+from safetensors.torch import load_file, save_file
+from safety_experts.errors import InputError
+from safety_experts.training.batches import BatchPlan
+from safety_experts.training.denoiser import UNetDenoiser
+from safety_experts.training.lora import attach_lora
+from safety_experts.training.processes import Processes
+from safety_experts.training.recipe import Recipe
+from safety_experts.training.run import TrainingRun
+
+
+def train_and_save(processes: Processes, path: Path) -> None:
+    recipe = Recipe(rank=2, batch_size=4, accumulation_steps=2, steps=5, learning_rate=1e-3, warmup_steps=0)
+    unet = tiny_unet()
+    attach_lora(unet, recipe)
+    denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
+    plan = BatchPlan([make_pair(number) for number in range(6)], MemoryCache(), recipe)
+    run = TrainingRun(unet, denoiser, plan, recipe, torch.device("cpu"), processes)
+    while run.step < recipe.steps:
+        run.take_step(lambda: False)
+    tensors = {name: value.detach().contiguous() for name, value in run.parameters.items()}
+    save_file({**tensors, "loss": torch.tensor([record["loss"] for record in run.records])}, path)
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    train_and_save(Processes(), tmp_path / "one.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [__file__, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = load_file(tmp_path / "one.safetensors")
+    for rank in range(2):
+        two = load_file(tmp_path / f"two-{rank}.safetensors")
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=5e-6)  # AdamW magnifies rounding
+    assert any(name.endswith(".up") and value.abs().max() > 1e-4 for name, value in one.items())
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused():
+    with pytest.raises(InputError, match="batch_size 4 cannot be shared by 3 processes"):
+        Processes(0, 3).check(Recipe(batch_size=4))
+
+
+if __name__ == "__main__":
+    processes, _ = Processes.from_launcher()
+    assert processes.count == 2, f"{processes.count} process(es)"
+    train_and_save(processes, Path(sys.argv[1]) / f"two-{processes.rank}.safetensors")
