@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+NUM_TIMESTEPS = 1000
+BETAS_FIRST_LAST = (0.00085, 0.012)
+
 
 def alphas_cumprod(*, zero_terminal_snr: bool = False) -> Tensor:
     """Return alpha-bar of the 1000 training steps, [1000] float32; betas are "scaled linear", 0.00085 to 0.012.
@@ -15,7 +18,8 @@ def alphas_cumprod(*, zero_terminal_snr: bool = False) -> Tensor:
 
     Source: CompVis/stable-diffusion; zero terminal SNR: arXiv 2305.08891, algorithm 1.
     """
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    first, last = BETAS_FIRST_LAST
+    betas = torch.linspace(first**0.5, last**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
     if zero_terminal_snr:
         roots = alphas.sqrt()

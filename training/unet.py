@@ -1,5 +1,7 @@
 """Building a diffusers UNet of any layout that the weights ask for."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def build_unet(layout: UNetLayout) -> nn.Module:
     from diffusers import UNet2DConditionModel  # imported where needed: it takes seconds
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config(layout))
+        unet: Any = UNet2DConditionModel(**unet_config(layout))
     for blocks, depths in (
         (unet.down_blocks, layout.input_depths),
         (unet.up_blocks, tuple(reversed(layout.output_depths))),

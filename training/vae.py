@@ -68,17 +68,20 @@ def load_vae(
     from diffusers import AutoencoderKL  # imported where needed: it takes seconds
 
     with torch.device("meta"):
-        model = AutoencoderKL(**_kl_config(file, prefix))
+        model: Any = AutoencoderKL(**_kl_config(file, prefix))
     num_levels = len(model.config.block_out_channels)
-    # Stable Diffusion's VAE overflows in float16 (SDXL's always); ComfyUI does not run it there either.
-    precision = torch.float32 if dtype == torch.float16 else dtype
-    fill(model, lambda key: file.tensor(prefix + kl_key(key, num_levels)), precision, device, file.path)
+    fill(model, lambda key: file.tensor(prefix + kl_key(key, num_levels)), vae_precision(dtype), device, file.path)
     return Vae(model, scaling_factor)
+
+
+def vae_precision(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to run an AutoencoderKL in: it overflows in float16, where ComfyUI does not run it either."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _kl_config(file: WeightsFile, prefix: str) -> dict[str, Any]:
     shapes = file.shapes(prefix)
-    channels = []
+    channels: list[int] = []
     while (first := f"encoder.down.{len(channels)}.block.0.conv1.weight") in shapes:
         channels.append(shapes[first][0])
     num_blocks = len({match[1] for key in shapes if (match := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key))})
@@ -125,11 +128,13 @@ def kl_key(key: str, num_levels: int) -> str:
     return _KL_BLOCK.sub(block, key)
 
 
-def _load_taesd(file: WeightsFile, prefix: str, scaling_factor: float, dtype: torch.dtype, device) -> Vae:
+def _load_taesd(
+    file: WeightsFile, prefix: str, scaling_factor: float, dtype: torch.dtype, device: torch.device | str
+) -> Vae:
     from diffusers import AutoencoderTiny
 
     with torch.device("meta"):
-        model = AutoencoderTiny(latent_channels=file.tensor(f"{prefix}taesd_decoder.1.weight").shape[1])
+        model: Any = AutoencoderTiny(latent_channels=file.tensor(f"{prefix}taesd_decoder.1.weight").shape[1])
     fill(model, lambda key: file.tensor(prefix + taesd_key(key)), dtype, device, file.path)
     numbers = {
         name: float(file.tensor(prefix + name)) if prefix + name in file.keys else default

@@ -1,5 +1,6 @@
 """Reading a safetensors file of several gigabytes one tensor at a time."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import sha256_of_file
 
 
 class WeightsFile:
@@ -81,3 +83,14 @@ def fill(
         weights[key] = tensor.to(device=device, dtype=dtype).reshape(expected.shape)
     model.load_state_dict(weights, strict=True, assign=True)
     model.requires_grad_(False).eval()
+
+
+def cached_sha256(path: Path) -> str:
+    """Return a file's sha256, computed once for as long as its size and time of change stay the same."""
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
+    return sha256_of_file(path)

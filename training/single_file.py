@@ -1,0 +1,100 @@
+"""A checkpoint in one safetensors file: UNet, text encoders and VAE under ldm's or sgm's names."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .clip_weights import ClipWeights
+from .families import find_family
+from .noise_schedule import alphas_cumprod
+from .text_encoders import TextEncoder, load_tower
+from .tokenizer import load_tokenizer
+from .unet import load_unet
+from .unet_keys import infer_layout
+from .vae import Vae, has_vae, load_vae
+from .weights_file import WeightsFile, cached_sha256
+
+_UNET_PREFIX = "model.diffusion_model."
+_VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+
+class SingleFile:
+    """A Checkpoint (see checkpoint.py) read from one file.
+
+    Raises:
+        InputError: no such file, a pickle, truncated, or of a family that cannot be trained.
+    """
+
+    def __init__(self, path: Path, tokenizer_folder: str | os.PathLike | None = None):
+        self.path = path
+        self._tokenizer_folder = tokenizer_folder
+        self._file = WeightsFile(path)
+        self._unet_prefix = _UNET_PREFIX if self._file.has_prefix(_UNET_PREFIX) else ""
+        layout = infer_layout(self._file.shapes(self._unet_prefix))
+        if layout is None:
+            raise InputError(f"{path} holds no Stable Diffusion UNet: use an SD1.x, SD2.x or SDXL checkpoint")
+        self._layout = layout
+        self._family = find_family(
+            path,
+            context_dim=layout.context_dim,
+            linear_projections=layout.linear_projections,
+            vector_dim=layout.vector_dim,
+            in_channels=layout.in_channels,
+        )
+        self.family = self._family.name
+        self.prediction_type = self._infer_prediction_type()
+        self.alphas_cumprod = alphas_cumprod(zero_terminal_snr={"v_pred", "ztsnr"} <= self._file.keys)
+
+    def _infer_prediction_type(self) -> str:
+        keys = self._file.keys
+        if self.family == "sdxl":
+            if {"edm_mean", "edm_vpred.sigma_max"} & keys:
+                raise InputError(
+                    f"{self.path} uses EDM noise levels (Playground 2.5, CosXL), which cannot be trained here; "
+                    "use an SDXL checkpoint that predicts epsilon or v"
+                )
+            return "v_prediction" if "v_pred" in keys else "epsilon"
+        # ComfyUI tells SD2's 768-pixel v models by this bias, which spreads wider than that of the 512-pixel ones.
+        telling = f"{self._unet_prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+        if self.family == "sd20" and telling in keys and self._file.tensor(telling).float().std(unbiased=False) > 0.09:
+            return "v_prediction"
+        return "epsilon"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def sha256(self) -> str:
+        return cached_sha256(self.path)
+
+    def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+        return load_unet(self._file, self._unet_prefix, self._layout, dtype, device)
+
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
+        tokenizer = load_tokenizer(self._tokenizer_folder)
+        towers = []
+        for kind, prefixes in self._family.towers:
+            found = [weights for prefix in prefixes if (weights := ClipWeights(self._file, prefix))]
+            if not found:
+                raise self._lacks("text encoder", prefixes)
+            towers.append(load_tower(found[0], kind, tokenizer, dtype, device))
+        return TextEncoder(towers)
+
+    def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Vae:
+        for prefix in _VAE_PREFIXES:
+            if has_vae(self._file, prefix):
+                return load_vae(self._file, prefix, self._family.latent_scale, dtype, device)
+        raise self._lacks("VAE", _VAE_PREFIXES)
+
+    def _lacks(self, part: str, prefixes: tuple[str, ...]) -> InputError:
+        return InputError(
+            f"{self.path} holds no {part} (keys {' or '.join(f'{prefix}*' for prefix in prefixes)}): use a full "
+            "checkpoint, or join the parts in ComfyUI with Save Checkpoint"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{self.family} checkpoint {self.name}>"
