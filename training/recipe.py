@@ -78,6 +78,18 @@ class Recipe(BaseModel):
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Decay of the averaged weights the expert is made of; 0: none."
     )
+    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="Fraction of the pairs to measure on, not train on.")
+    evaluate_steps: int = Field(50, ge=1, description="Measure the held-out pairs every so many steps.")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Stop after so many measurements without a better held-out loss; 0: never. The best is kept.",
+    )
+    max_drift: float | None = Field(
+        None,
+        gt=0,
+        description="Stop when the mean squared change on held-out safe prompts passes this; the best is kept.",
+    )
     save_steps: int = Field(100, ge=1, description="Write the resumable state every so many steps.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     first_timestep: int = Field(0, ge=0, le=999, description="Smallest noise level trained (0 is least noisy).")
@@ -91,6 +103,8 @@ class Recipe(BaseModel):
     def _check_timesteps(self) -> "Recipe":
         if self.first_timestep > self.last_timestep:
             raise ValueError(f"first_timestep {self.first_timestep} is above last_timestep {self.last_timestep}")
+        if (self.patience or self.max_drift) and not self.held_out_fraction:
+            raise ValueError("patience and max_drift watch held-out pairs: set held_out_fraction above 0")
         return self
 
     @property

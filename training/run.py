@@ -16,6 +16,7 @@ from ..errors import InputError, SafetyExpertsError
 from ..files import write_atomically
 from .batches import BatchPlan
 from .denoiser import Denoiser
+from .held_out import HeldOut
 from .lora import lora_parameters
 from .processes import Processes
 from .recipe import Recipe
@@ -53,10 +54,12 @@ class TrainingRun:
         recipe: Recipe,
         device: torch.device,
         processes: Processes | None = None,
+        held_out: HeldOut | None = None,
     ):
         self.unet, self.denoiser, self.plan, self.recipe, self.device = unet, denoiser, plan, recipe, device
         self.processes = processes or Processes()
         self.processes.check(recipe)
+        self.held_out = held_out
         self.parameters = lora_parameters(unet)
         if not self.parameters:
             raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
@@ -64,6 +67,8 @@ class TrainingRun:
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.best = {name: value.clone() for name, value in self.average.items()}
+        self.best_step = 0
         self.records: list[dict[str, float]] = []
 
     @property
@@ -103,13 +108,50 @@ class TrainingRun:
         for name, value in self.parameters.items():
             self.average[name].lerp_(value.detach(), 1 - recipe.ema_decay)
         self.records.append(totals)
+        if self.held_out and (self.step % recipe.evaluate_steps == 0 or self.step == recipe.steps):
+            totals |= self._measure(self.held_out)
         return totals
 
-    def use_average(self) -> None:
-        """Put the averaged weights (the last ones at ema_decay 0) into the UNet: what the expert is made of."""
+    def _measure(self, held_out: HeldOut) -> dict[str, float]:
+        trained = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._set_weights(self.average)
+        measured = held_out.measure(self.unet, self.denoiser)
+        self._set_weights(trained)
+        limit = self.recipe.max_drift or math.inf
+        if measured["eval/loss"] < self._best_loss and measured["eval/drift"] <= limit:
+            self.best_step = self.step
+            self.best = {name: value.clone() for name, value in self.average.items()}
+        return measured
+
+    @property
+    def _best_loss(self) -> float:
+        # Before the first measurement the expert is the identity, with loss ln 2.
+        return self.records[self.best_step - 1]["eval/loss"] if self.best_step else math.log(2)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why there is no point in going on, or None."""
+        measured = [record for record in self.records if "eval/loss" in record]
+        if measured and measured[-1]["eval/drift"] > (self.recipe.max_drift or math.inf):
+            return f"drift {measured[-1]['eval/drift']:.2g} passed max_drift"
+        since_best = sum("eval/loss" in record for record in self.records[self.best_step :])
+        if self.recipe.patience and since_best >= self.recipe.patience:
+            return f"no better held-out loss in {since_best} measurements"
+        return None
+
+    def finish(self) -> int:
+        """Put what the expert is made of into the UNet and return the step it is from.
+
+        With patience or max_drift those are the best weights, else the averaged ones (the last, at ema_decay 0).
+        """
+        keeps_best = self.held_out and (self.recipe.patience or self.recipe.max_drift)
+        self._set_weights(self.best if keeps_best else self.average)
+        return self.best_step if keeps_best else self.step
+
+    def _set_weights(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(self.average[name])
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
 
     def save(self, path: Path, identity: dict) -> None:
         """Write the whole state as one safetensors file; `identity` says what run it belongs to.
@@ -119,10 +161,12 @@ class TrainingRun:
         """
         tensors = {f"weight.{name}": value.detach() for name, value in self.parameters.items()}
         tensors.update({f"average.{name}": value for name, value in self.average.items()})
+        tensors.update({f"best.{name}": value for name, value in self.best.items()})
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{kind}.{name}"] = torch.as_tensor(value)
-        metadata = {"identity": json.dumps(identity, sort_keys=True), "records": json.dumps(self.records)}
+        progress = {"records": self.records, "best_step": self.best_step}
+        metadata = {"identity": json.dumps(identity, sort_keys=True), "progress": json.dumps(progress)}
         with write_atomically(path) as temporary:
             save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
 
@@ -149,6 +193,7 @@ class TrainingRun:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"weight.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
+                self.best[name].copy_(tensors[f"best.{name}"])
         for key, value in tensors.items():
             part, _, rest = key.partition(".")
             if part == "optimizer":
@@ -156,4 +201,5 @@ class TrainingRun:
                 parameter = self.parameters[name]
                 # torch keeps the step counter on the CPU and the moments beside the weights.
                 self.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
-        self.records = json.loads(metadata["records"])
+        progress = json.loads(metadata["progress"])
+        self.records, self.best_step = progress["records"], progress["best_step"]

@@ -18,6 +18,7 @@ from .batches import BatchPlan
 from .cache import PairCache
 from .checkpoint import Checkpoint, load_checkpoint
 from .denoiser import UNetDenoiser
+from .held_out import HeldOut, split_pairs
 from .lora import attach_lora, read_layers
 from .processes import Processes
 from .recipe import Recipe
@@ -125,14 +126,17 @@ def train_expert(
     denoiser = UNetDenoiser(
         unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, dtype if dtype != torch.float32 else None
     )
-    run = TrainingRun(unet, denoiser, BatchPlan(pairs, cache, recipe), recipe, target_device, processes)
+    trained_on, set_aside = split_pairs(pairs, recipe)
+    held_out = HeldOut(set_aside, cache, recipe, target_device) if set_aside else None
+    plan = BatchPlan(trained_on, cache, recipe)
+    run = TrainingRun(unet, denoiser, plan, recipe, target_device, processes, held_out)
     state_path = resume_path(out_path)
     identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
     if resume:
         run.restore(state_path, identity)
 
     stopped = False
-    while run.step < recipe.steps and not stopped:
+    while run.step < recipe.steps and not stopped and not run.stop_reason:
         metrics = run.take_step(stop_asked)
         stopped = metrics is None
         if metrics is not None:
@@ -147,8 +151,10 @@ def train_expert(
     if not run.step:
         raise TrainingStoppedError("stopped before the first training step; nothing was saved")
 
-    run.use_average()
-    info |= {"step": run.step, "metrics": {name: round(value, 6) for name, value in run.records[-1].items()}}
+    if run.stop_reason:
+        logger.info("training ended at step %d of %d: %s", run.step, recipe.steps, run.stop_reason)
+    step = run.finish()
+    info |= {"step": step, "metrics": {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items()}}
     expert = Expert(layers=read_layers(unet, recipe.lora_alpha), info=info, name=Path(out_path).stem)
     if processes.is_main:
         save_expert(expert, out_path)

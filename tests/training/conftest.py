@@ -7,6 +7,7 @@ import torch
 from safety_experts.preferences.dataset import PreferencePair
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.denoiser import UNetDenoiser
+from safety_experts.training.held_out import HeldOut, split_pairs
 from safety_experts.training.lora import attach_lora
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.run import TrainingRun
@@ -93,7 +94,10 @@ def make_run(pairs):
         unet = tiny_unet()
         attach_lora(unet, recipe)
         denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
-        plan = BatchPlan(run_pairs or pairs, cache or MemoryCache(), recipe)
-        return TrainingRun(unet, denoiser, plan, recipe, torch.device("cpu"))
+        cache, device = cache or MemoryCache(), torch.device("cpu")
+        trained_on, set_aside = split_pairs(run_pairs or pairs, recipe)
+        held_out = HeldOut(set_aside, cache, recipe, device) if set_aside else None
+        plan = BatchPlan(trained_on, cache, recipe)
+        return TrainingRun(unet, denoiser, plan, recipe, device, held_out=held_out)
 
     return build

@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+from conftest import MemoryCache, make_pair
+from safety_experts.errors import InputError
+from safety_experts.training.held_out import split_pairs
+from safety_experts.training.recipe import Recipe, make_recipe
+
+WATCHED = {"held_out_fraction": 0.34, "evaluate_steps": 2}
+
+
+def finish(run):
+    while run.step < run.recipe.steps and not run.stop_reason:
+        run.take_step(lambda: False)
+    return run
+
+
+def test_held_out_pairs_are_a_seeded_fraction_and_never_trained_on():
+    pairs = [make_pair(number) for number in range(20)]
+    trained, held_out = split_pairs(pairs, Recipe(held_out_fraction=0.25))
+    assert len(held_out) == 5 and sorted(p.id for p in trained + held_out) == sorted(p.id for p in pairs)
+    assert split_pairs(pairs, Recipe(held_out_fraction=0.25)) == (trained, held_out)
+    assert split_pairs(pairs, Recipe(held_out_fraction=0.25, seed=1))[1] != held_out
+    assert split_pairs(pairs, Recipe())[1] == []
+    assert [len(part) for part in split_pairs(pairs[:2], Recipe(held_out_fraction=0.9))] == [1, 1]
+    assert [len(part) for part in split_pairs(pairs[:2], Recipe(held_out_fraction=0.01))] == [1, 1]
+
+
+def test_a_fresh_expert_measures_ln_2_and_no_drift(make_run):
+    run = make_run(**WATCHED)
+    measured = run.held_out.measure(run.unet, run.denoiser)
+    assert measured["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert measured["eval/drift"] == 0 == measured["eval/rewards/margins"]
+
+
+def test_measuring_changes_neither_weights_nor_the_run(make_run):
+    watched = finish(make_run(**WATCHED))
+    blind = finish(make_run(**{**WATCHED, "evaluate_steps": 1000}))
+    assert [r["loss"] for r in watched.records] == [r["loss"] for r in blind.records]
+    assert ["eval/loss" in record for record in watched.records] == [False, True] * 3
+
+
+def test_patience_ends_the_run_and_keeps_the_best_weights(make_run):
+    # Without any relation between a pair's images and its prompt, held-out pairs soon get worse.
+    run = finish(make_run(**WATCHED, steps=200, learning_rate=2e-2, patience=2, beta=50000.0))
+    assert run.stop_reason == "no better held-out loss in 2 measurements"
+    assert run.step < 200
+    measured = {i + 1: record["eval/loss"] for i, record in enumerate(run.records) if "eval/loss" in record}
+    best = min(measured, key=measured.get)
+    assert run.finish() == (best if measured[best] < math.log(2) else 0)
+    again = run.held_out.measure(run.unet, run.denoiser)["eval/loss"]
+    assert again == pytest.approx(min(math.log(2), measured[best]), rel=1e-4)
+
+
+def test_drift_beyond_the_limit_ends_the_run(make_run):
+    run = finish(make_run(**WATCHED, steps=100, learning_rate=2e-2, max_drift=1e-3))
+    assert "passed max_drift" in run.stop_reason
+    assert run.finish() < run.step
+    assert run.held_out.measure(run.unet, run.denoiser)["eval/drift"] <= 1e-3
+
+
+def test_a_resumed_run_remembers_its_best(make_run, tmp_path):
+    options = {**WATCHED, "steps": 12, "learning_rate": 5e-3, "patience": 9, "ema_decay": 0.3}
+    straight = finish(make_run(**options))
+    first = make_run(**options)
+    for _ in range(7):
+        first.take_step(lambda: False)
+    first.save(tmp_path / "a.resume", {})
+    second = make_run(**options)
+    second.restore(tmp_path / "a.resume", {})
+    finish(second)
+    assert second.best_step == straight.best_step
+    for name, value in straight.best.items():
+        assert torch.equal(value, second.best[name])
+
+
+def test_watching_without_held_out_pairs_is_refused():
+    with pytest.raises(InputError, match="set held_out_fraction above 0"):
+        make_recipe({"patience": 3}, source="test")
+
+
+def test_several_sizes_can_be_held_out(make_run):
+    cache = MemoryCache({"pair0": (4, 8), "pair3": (4, 8)})
+    run = make_run(cache, **WATCHED)
+    assert math.isfinite(finish(run).records[-1]["eval/loss"])

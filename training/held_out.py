@@ -1,0 +1,58 @@
+"""Pairs set aside to see whether an expert still gets better, and the weights of when it was best."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..preferences.dataset import PreferencePair
+from .batches import BatchPlan
+from .cache import PairCache
+from .denoiser import Denoiser
+from .lora import seeded_generator
+from .recipe import Recipe
+from .step_loss import batch_loss
+
+DRAWS_PER_PAIR = 8
+
+
+def split_pairs(pairs: Sequence[PreferencePair], recipe: Recipe) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Return (pairs to train on, pairs held out), by the recipe's fraction and seed; at least one is trained on."""
+    num_held_out = min(len(pairs) - 1, round(len(pairs) * recipe.held_out_fraction))
+    if recipe.held_out_fraction and not num_held_out and len(pairs) > 1:
+        num_held_out = 1
+    order = torch.randperm(len(pairs), generator=seeded_generator(recipe.seed, "held out")).tolist()
+    held_out = set(order[:num_held_out])
+    return (
+        [pair for index, pair in enumerate(pairs) if index not in held_out],
+        [pair for index, pair in enumerate(pairs) if index in held_out],
+    )
+
+
+class HeldOut:
+    """Measures a UNet on held-out pairs, always with the same noises and timesteps."""
+
+    def __init__(self, pairs: Sequence[PreferencePair], cache: PairCache, recipe: Recipe, device: torch.device):
+        # No dropout or flips, and the anchor always on: it measures the change on safe prompts.
+        changes = {"caption_dropout_fraction": 0.0, "horizontal_flip": False, "anchor_weight": 1.0, "sft_weight": 0.0}
+        self.recipe = recipe.model_copy(update=changes | {"anchor_samples": "images", "batch_size": len(pairs)})
+        if len(pairs) > recipe.batch_size:
+            self.recipe = self.recipe.model_copy(update={"batch_size": recipe.batch_size})
+        self.plan = BatchPlan(pairs, cache, self.recipe)
+        self.device = device
+        self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // self.recipe.batch_size)
+
+    @torch.no_grad()
+    def measure(self, unet: torch.nn.Module, denoiser: Denoiser) -> dict[str, float]:
+        """Return the means over all draws: eval/loss (the preference loss), eval/rewards/…, eval/drift.
+
+        Drift is the mean squared change of predictions on safe and empty prompts.
+        """
+        totals: dict[str, float] = {}
+        for number in range(self.num_batches):
+            batch = self.plan.batch(number)
+            _, metrics = batch_loss(unet, denoiser, self.plan.cache, batch, self.recipe, self.device)
+            named = {f"eval/{name}": value for name, value in metrics.items() if name.startswith("rewards/")}
+            named |= {"eval/loss": metrics["loss/preference"], "eval/drift": metrics["loss/anchor"]}
+            for name, value in named.items():
+                totals[name] = totals.get(name, 0.0) + value / self.num_batches
+        return totals
