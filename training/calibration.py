@@ -1,4 +1,4 @@
-"""Co-Merge's calibration outside the graph: the base UNet runs on a dataset's unsafe prompts, the experts are compared."""
+"""Co-Merge's calibration outside the graph: the base UNet runs on a dataset's unsafe prompts, experts are compared."""
 
 import os
 from collections.abc import Callable, Sequence
