@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .clip_weights import ClipWeights
+from .tokenizer import END_TOKEN
 from .weights_file import fill
 
 logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 77
-END_TOKEN = 49407
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 
 HUB_NAME = "openai/clip-vit-large-patch14"
+START_TOKEN, END_TOKEN = 49406, 49407
 
 
 def load_tokenizer(folder: str | os.PathLike | None = None) -> Any:
@@ -16,36 +17,38 @@ def load_tokenizer(folder: str | os.PathLike | None = None) -> Any:
     ComfyUI is looked for in the environment variable COMFYUI_PATH, then where its custom_nodes hold this pack.
 
     Raises:
-        InputError: `folder` holds no tokenizer, or none is found anywhere.
+        InputError: `folder` holds no CLIP tokenizer, or none is found anywhere.
     """
     from transformers import CLIPTokenizer  # imported where needed: it takes seconds
 
-    if folder is not None and not _is_tokenizer(Path(folder)):
+    candidates = [Path(folder)] if folder is not None else _usual_folders()
+    found = next(filter(_is_tokenizer, candidates), None)
+    if found is None:
+        where = f"in {folder}" if folder is not None else "in COMFYUI_PATH, around this pack or in the cache"
         raise InputError(
-            f"no CLIP tokenizer in {folder}: name a folder with vocab.json and merges.txt, such as ComfyUI's "
-            "comfy/sd1_tokenizer"
-        )
-    candidates = [Path(folder)] if folder is not None else filter(_is_tokenizer, _comfyui_folders())
-    for candidate in candidates:
-        return CLIPTokenizer.from_pretrained(str(candidate), local_files_only=True)
-    try:
-        return CLIPTokenizer.from_pretrained(HUB_NAME, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "no CLIP tokenizer found: set COMFYUI_PATH to a ComfyUI folder, or name a folder with its vocab.json and "
+            f"no CLIP tokenizer {where}: set COMFYUI_PATH to a ComfyUI folder, or name a folder with vocab.json and "
             f"merges.txt (ComfyUI's comfy/sd1_tokenizer, or a download of {HUB_NAME})"
-        ) from error
+        )
+    tokenizer = CLIPTokenizer.from_pretrained(str(found), local_files_only=True)
+    if tokenizer("")["input_ids"] != [START_TOKEN, END_TOKEN]:
+        raise InputError(f"{found} is not the tokenizer of CLIP; name ComfyUI's comfy/sd1_tokenizer")
+    return tokenizer
 
 
 def _is_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
+    has_parts = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return has_parts or (folder / "tokenizer.json").is_file()
 
 
-def _comfyui_folders() -> Iterator[Path]:
+def _usual_folders() -> Iterator[Path]:
     if root := os.environ.get("COMFYUI_PATH"):
-        yield Path(root) / "comfy" / "sd1_tokenizer"
-    pack = Path(__file__).absolute().parents[1]  # not resolved: the pack may be linked into custom_nodes
-    if pack.parent.name == "custom_nodes":
-        yield pack.parents[1] / "comfy" / "sd1_tokenizer"
+        yield Path(root).expanduser() / "comfy" / "sd1_tokenizer"
+    # The pack may be linked into custom_nodes, or the link may be what was installed.
+    for pack in (Path(__file__).absolute().parents[1], Path(__file__).resolve().parents[1]):
+        if pack.parent.name == "custom_nodes":
+            yield pack.parents[1] / "comfy" / "sd1_tokenizer"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(HUB_NAME, "vocab.json")
+    if isinstance(cached, str):
+        yield Path(cached).parent

@@ -1,5 +1,6 @@
 """Opening checkpoints: what is recognised, what each part holds, what a wrong file is told."""
 
+import copy
 import logging
 
 import pytest
@@ -267,8 +268,8 @@ def test_a_diffusers_folder_gives_what_the_single_file_gives(tmp_path, sd1, toke
     from safetensors.torch import save_file
 
     unet = sd1.load_unet()
-    dense = unet.up_blocks[0].attentions[1]
-    unet.up_blocks[0].attentions[0] = dense  # a folder cannot describe a missing attention
+    attentions = unet.up_blocks[0].attentions
+    attentions[0] = copy.deepcopy(attentions[1])  # a folder cannot describe a missing attention
     unet.register_to_config(reverse_transformer_layers_per_block=(1,))
     unet.save_pretrained(tmp_path / "unet")
     sd1.load_vae().model.save_pretrained(tmp_path / "vae")
@@ -376,7 +377,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path, weights):
 
 
 def test_a_missing_tokenizer_is_told_how_to_get_one(tmp_path, sd1, monkeypatch):
-    with pytest.raises(InputError, match="no CLIP tokenizer in .* set COMFYUI_PATH") as error:
+    with pytest.raises(InputError, match=r"no CLIP tokenizer in .* set COMFYUI_PATH") as error:
         load_checkpoint(sd1.path, tokenizer_folder=tmp_path).load_text_encoder()
     one_line(error)
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
