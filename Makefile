@@ -9,19 +9,20 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/safety-experts-installed
+BROWSER := $(VENV)/safety-experts-browser
 COMFYUI := $(VENV)/safety-experts-comfyui
 
-.PHONY: help demo test check format bench clean force
+.PHONY: help demo test check format bench workflows test-browser clean force
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(INSTALLED)  ## the whole pipeline on the toy world through a real ComfyUI (ARGS="--out DIR --fast")
 	$(BIN)/safety-experts demo $(ARGS)
 
 test: $(INSTALLED) lint  ## every test, on a real ComfyUI too (ARGS="-k merge" picks some)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --ignore=tests/browser $(ARGS)
 
 check: $(INSTALLED) lint  ## formatting, lint, types, and which room may import which
 	$(BIN)/mypy .
@@ -33,6 +34,12 @@ format: $(INSTALLED)  ## put the code into the house format
 
 bench: $(INSTALLED)  ## every benchmark that runs on this machine, into benchmarks/results
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+workflows: $(BROWSER)  ## save example_workflows/ with the real frontend, from example_workflows/api/
+	$(BIN)/python tests/browser/save_workflows.py
+
+test-browser: $(BROWSER)  ## the example workflows in Chromium, as a user runs them (SCREENSHOTS=<folder> keeps pictures)
+	$(BIN)/pytest tests/browser $(ARGS)
 
 clean:  ## remove the virtual environment and the tools' caches
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
@@ -48,6 +55,11 @@ $(INSTALLED): $(COMFYUI) pyproject.toml Makefile
 	@echo "Installing PyTorch, ComfyUI's requirements and this pack into $(VENV): about 5 GB and a few minutes, once"
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check \
 		$(TORCH) --requirement "$$(cat $(COMFYUI))/requirements.txt" --editable '.[test]'
+	@touch $@
+
+$(BROWSER): $(INSTALLED)
+	@command -v $${CHROMIUM:-/usr/bin/chromium} >/dev/null || { echo "Chromium is needed: install it or set CHROMIUM"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check playwright
 	@touch $@
 
 # Holds the ComfyUI's folder; rewritten only when that changes, so that its requirements are installed anew only then.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
@@ -39,10 +40,14 @@ class Frontend:
     def __init__(self, page: Page, url: str):
         self.page = page
         page.goto(url)
-        page.wait_for_function("() => window.app?.extensionManager && window.app.graph", timeout=120_000)
-        page.wait_for_timeout(3000)  # the templates dialog of a first visit opens late
-        page.keyboard.press("Escape")
-        page.wait_for_timeout(500)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the page has loaded, and close the templates dialog of a first visit."""
+        self.page.wait_for_function("() => window.app?.extensionManager && window.app.graph", timeout=120_000)
+        self.page.wait_for_timeout(3000)  # the dialog opens late
+        self.page.keyboard.press("Escape")
+        self.page.wait_for_timeout(500)
 
     def open_api_graph(self, graph: dict[str, Any], name: str) -> None:
         """Turn a graph in API format into nodes, arranged."""
@@ -62,14 +67,29 @@ class Frontend:
         )
         return result[0], result[1]
 
+    def set_widget(self, node_type: str, **values: Any) -> None:
+        """Type values into the widgets of the first node of a type."""
+        found = self.page.evaluate(
+            """([type, values]) => {
+              const node = app.graph._nodes.find(node => node.type === type);
+              const widgets = node.widgets.filter(widget => widget.name in values);
+              for (const widget of widgets) { widget.value = values[widget.name]; widget.callback?.(widget.value); }
+              return widgets.length;
+            }""",
+            [node_type, values],
+        )
+        assert found == len(values), f"{node_type} has only {found} of the widgets {list(values)}"
+
     def press_run(self) -> None:
         """Click the Run button."""
         self.page.get_by_test_id("queue-button").click()
 
-    def fit_view(self) -> None:
-        """Show the whole graph."""
-        self.page.keyboard.press(".")
+    def screenshot(self, path: Path) -> None:
+        """Show the whole graph and take its picture."""
+        self.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         self.page.wait_for_timeout(1500)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=path)
 
 
 @contextlib.contextmanager

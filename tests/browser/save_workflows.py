@@ -16,7 +16,7 @@ from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def main() -> int:
+def main() -> None:
     folder = ROOT / "example_workflows"
     with ComfyServer() as server:
         server.add_model(ensure_toy_checkpoint())
@@ -27,12 +27,12 @@ def main() -> int:
                 workflow, exported = frontend.export()
                 for number, node in graph.items():
                     if exported[number]["inputs"] != node["inputs"]:
-                        print(f"{source.name}, node {number} ({node['class_type']}): the frontend changed its inputs")
-                        return 1
+                        sys.exit(
+                            f"{source.name}, node {number} ({node['class_type']}): the frontend changed its inputs"
+                        )
                 text = json.dumps(workflow, indent=2, ensure_ascii=False)
                 (folder / source.name).write_text(text + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
