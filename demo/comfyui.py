@@ -30,6 +30,7 @@ _LOG_ALARMS = ("IMPORT FAILED", "lora key not loaded")
 _PREVIEW_IMAGE = 1  # ComfyUI protocol.py, BinaryEventTypes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _POLL_SECONDS = 0.2
+_START_TIMEOUT_SECONDS = 300
 # A proxy from the environment must not stand between us and our own machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -47,7 +48,7 @@ def find_comfyui() -> Path:
 
 
 class ComfyServer:
-    """A ComfyUI server with this pack as its only custom node, alive inside the `with` block.
+    """A ComfyUI server with this pack as its only custom node, running inside the `with` block.
 
     Args:
         base_directory: where its models, inputs, outputs and log are; default a temporary folder, removed afterwards
@@ -55,7 +56,6 @@ class ComfyServer:
         comfyui: the ComfyUI folder; default `find_comfyui()`.
         cpu: run on the CPU; default: only when there is no CUDA device.
         extra_arguments: further arguments of ComfyUI's main.py.
-        start_timeout_seconds: how long to wait for the first answer.
 
     Raises:
         SafetyExpertsError: the server did not start, or stopped; the message ends with the path of its log.
@@ -68,7 +68,6 @@ class ComfyServer:
         comfyui: Path | None = None,
         cpu: bool | None = None,
         extra_arguments: Sequence[str] = (),
-        start_timeout_seconds: float = 300,
     ):
         self.comfyui = comfyui or find_comfyui()
         self._is_temporary = base_directory is None
@@ -78,7 +77,6 @@ class ComfyServer:
         self.log_path = self.base_directory / "comfyui.log"
         self._cpu = _has_no_cuda() if cpu is None else cpu
         self._extra_arguments = tuple(extra_arguments)
-        self._start_timeout_seconds = start_timeout_seconds
         self._client_id = uuid.uuid4().hex
         self._process: subprocess.Popen | None = None
 
@@ -115,9 +113,8 @@ class ComfyServer:
         Raises:
             SafetyExpertsError: ComfyUI refuses it; the message names each node and what is wrong with it.
         """
-        body = {"prompt": prompt, "client_id": self._client_id}
         try:
-            answer = json.loads(self._request("/prompt", body))
+            answer = json.loads(self._request("/prompt", {"prompt": prompt, "client_id": self._client_id}))
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
         if "prompt_id" not in answer or answer.get("node_errors"):
@@ -197,14 +194,14 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
             )
-        deadline = time.monotonic() + self._start_timeout_seconds
+        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         while True:
             self._check_alive()
             with contextlib.suppress(SafetyExpertsError):
                 self._request("/system_stats")
                 return
             if time.monotonic() > deadline:
-                raise self._error(f"ComfyUI did not answer within {self._start_timeout_seconds:.0f} s")
+                raise self._error(f"ComfyUI did not answer within {_START_TIMEOUT_SECONDS} s")
             time.sleep(_POLL_SECONDS)
 
     def _stop(self) -> None:
@@ -257,17 +254,15 @@ class ComfyServer:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with _opener.open(request, timeout=60) as answer:
-                return answer.read()
+            return _opener.open(request, timeout=60).read()
         except urllib.error.HTTPError:
             raise
         except OSError as error:
             raise self._error(f"ComfyUI does not answer ({error})") from error
 
     def _check_alive(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            code = self._process.returncode if self._process else None
-            raise self._error(f"ComfyUI stopped with exit code {code}")
+        if self._process and self._process.poll() is not None:
+            raise self._error(f"ComfyUI stopped with exit code {self._process.returncode}")
 
     def _error(self, what: str) -> SafetyExpertsError:
         lines = [line.strip() for line in self.log_text().splitlines() if line.strip()]

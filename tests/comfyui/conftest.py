@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 from safety_experts.demo.comfyui import ComfyServer
+from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +16,4 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 @pytest.fixture(scope="session")
 def checkpoint(server: ComfyServer) -> str:
     """The toy checkpoint's name in the server's list of checkpoints."""
-    from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
-
     return server.add_model(ensure_toy_checkpoint())
