@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,14 @@ class LoraLayer:
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight it changes: [out, in] or [out, in, kh, kw]."""
         return (self.up.shape[0], *self.down.shape[1:])
+
+    @classmethod
+    def from_matrices(cls, up: Tensor, down: Tensor, weight_shape: Sequence[int]) -> "LoraLayer":
+        """Return up [out, r] @ down [r, in·kh·kw] as a float32 layer of a weight's shape, alpha = r."""
+        rank, (out, *inner) = down.shape[0], weight_shape
+        shaped_down = down.float().reshape(rank, *inner).contiguous()
+        shaped_up = up.float().reshape(out, rank, *[1] * (len(inner) - 1)).contiguous()
+        return cls(shaped_down, shaped_up, float(rank))
 
     def delta(self) -> Tensor:
         """Return ΔW, dense, float32, in `weight_shape`."""

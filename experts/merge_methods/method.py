@@ -86,12 +86,8 @@ class LayerTask:
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
     def make_layer(self, up: Tensor, down: Tensor) -> LoraLayer:
-        """Return up [out, r] @ down [r, in·kh·kw] as a float32 layer of this task's shape, alpha = r."""
-        example = self.parts[0].layer
-        rank = down.shape[0]
-        shape = (up.shape[0], rank, *[1] * (example.up.ndim - 2))
-        down = down.float().reshape(rank, *example.down.shape[1:]).contiguous()
-        return LoraLayer(down, up.float().reshape(shape).contiguous(), float(rank))
+        """Return up [out, r] @ down [r, in·kh·kw] as a layer of this task's shape."""
+        return LoraLayer.from_matrices(up, down, self.parts[0].layer.weight_shape)
 
 
 @dataclass(frozen=True)

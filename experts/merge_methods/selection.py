@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import InputError
 from .concatenation import concatenate, merge_linear
 from .method import LayerTask, MergedLayer
-from .truncation import truncate_dense
+from .truncation import finish_dense
 
 
 def merge_by_activation(task: LayerTask) -> MergedLayer:
@@ -37,7 +37,7 @@ def merge_by_weight(task: LayerTask) -> MergedLayer:
         return _select_factor_elements(task)
     if task.parameters["granularity"] == "weight":
         deltas = torch.stack([part.delta() for part in task.parts])
-        return truncate_dense(task, deltas.gather(0, first_largest(deltas.abs())[None])[0])
+        return finish_dense(task, deltas.gather(0, first_largest(deltas.abs())[None])[0])
     norms = torch.zeros(task.num_experts, task.parts[0].layer.up.shape[0], device=task.parts[0].layer.up.device)
     for part in task.parts:
         up, down = part.factors()

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from .method import LayerTask, MergedLayer
 from .sparsification import elect_and_average, keep_largest
-from .truncation import truncate_factors
+from .truncation import finish_factors
 
 
 def merge_svd(task: LayerTask) -> MergedLayer:
     """ΔW = the best approximation of Σ_k ΔW_k at the wanted rank or energy."""
     up, down = _stack(task)
-    return truncate_factors(task, up, down)
+    return finish_factors(task, up, down)
 
 
 def merge_knots(task: LayerTask) -> MergedLayer:
@@ -34,7 +34,7 @@ def merge_knots(task: LayerTask) -> MergedLayer:
     real = s > s.max() * torch.finfo(torch.float32).eps  # the others' directions are noise, TIES would vote on them
     trimmed = [keep_largest(v[real], task.parameters["density"]) for v in aligned]
     merged = elect_and_average(torch.stack(trimmed)) * task.parameters["scale"]
-    return truncate_factors(task, (q_up @ u)[:, real] * s[real], merged)
+    return finish_factors(task, (q_up @ u)[:, real] * s[real], merged)
 
 
 def merge_tsv(task: LayerTask) -> MergedLayer:
@@ -55,7 +55,7 @@ def merge_tsv(task: LayerTask) -> MergedLayer:
         values.append(s[:num_kept])
         rights.append((q_down @ vh.T)[:, :num_kept])
     left, right = _nearest_orthonormal(torch.cat(lefts, dim=1)), _nearest_orthonormal(torch.cat(rights, dim=1))
-    return truncate_factors(task, left * (task.parameters["scale"] * torch.cat(values)), right.T)
+    return finish_factors(task, left * (task.parameters["scale"] * torch.cat(values)), right.T)
 
 
 def _stack(task: LayerTask) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .method import LayerTask, MergedLayer, Part
-from .truncation import truncate_dense
+from .truncation import finish_dense
 
 
 def merge_magnitude_prune(task: LayerTask) -> MergedLayer:
@@ -90,12 +90,12 @@ def _add(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
     total = sparsify(task.parts[0])
     for part in task.parts[1:]:
         total += sparsify(part)
-    return truncate_dense(task, total * task.parameters["scale"])
+    return finish_dense(task, total * task.parameters["scale"])
 
 
 def _vote(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
     deltas = torch.stack([sparsify(part) for part in task.parts])
-    return truncate_dense(task, elect_and_average(deltas) * task.parameters["scale"])
+    return finish_dense(task, elect_and_average(deltas) * task.parameters["scale"])
 
 
 def _drop_at_random(task: LayerTask, part: Part) -> Tensor:

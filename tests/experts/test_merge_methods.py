@@ -8,8 +8,8 @@ import torch
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.merge_methods.sparsification import della_probabilities
-from safety_experts.experts.merge_methods.truncation import randomized_svd
 from safety_experts.experts.merging import METHODS, merge_experts
+from safety_experts.experts.truncation import randomized_svd
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
