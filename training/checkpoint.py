@@ -7,13 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from .diffusers_folder import DiffusersFolder
+from .families import check_prediction_type
 from .single_file import SingleFile
 from .text_encoders import TextEncoder
 from .vae import Vae
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 class Checkpoint(Protocol):
@@ -77,11 +75,9 @@ def load_checkpoint(
     Raises:
         InputError: no such file, a pickle, truncated, or of a family that cannot be trained.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise InputError(f"unknown prediction_type {prediction_type!r}; use one of {', '.join(PREDICTION_TYPES)}")
     source = Path(path)
     opened: Checkpoint
     opened = DiffusersFolder(source, tokenizer_folder) if source.is_dir() else SingleFile(source, tokenizer_folder)
     if prediction_type is not None:
-        opened.prediction_type = prediction_type
+        opened.prediction_type = check_prediction_type(prediction_type, "prediction_type")
     return opened

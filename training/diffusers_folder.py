@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from .clip_weights import ClipWeights
-from .families import find_family
+from .families import check_prediction_type, find_family
 from .noise_schedule import BETAS_FIRST_LAST, NUM_TIMESTEPS, alphas_cumprod
 from .text_encoders import TextEncoder, load_tower
 from .tokenizer import load_tokenizer
@@ -48,7 +48,9 @@ class DiffusersFolder:
                 f"{path}/scheduler/scheduler_config.json: noise schedule {betas} is not Stable Diffusion's "
                 f"({BETAS_FIRST_LAST[0]} to {BETAS_FIRST_LAST[1]}, scaled_linear); use another base model"
             )
-        self.prediction_type = scheduler.get("prediction_type", "epsilon")
+        self.prediction_type = check_prediction_type(
+            scheduler.get("prediction_type", "epsilon"), f"{path}/scheduler/scheduler_config.json: prediction_type"
+        )
         self.alphas_cumprod = alphas_cumprod(zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")))
 
     def _read_json(self, relative: str) -> dict[str, Any]:

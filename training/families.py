@@ -6,6 +6,8 @@ from pathlib import Path
 from ..errors import InputError
 from .text_encoders import CLIP_H, CLIP_L, SDXL_CLIP_G, SDXL_CLIP_L, ClipKind
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -36,6 +38,17 @@ FAMILIES = (
         ((SDXL_CLIP_L, ("conditioner.embedders.0.",)), (SDXL_CLIP_G, ("conditioner.embedders.1.model.",))),
     ),
 )
+
+
+def check_prediction_type(value: str, where: str) -> str:
+    """Return `value` if it is something a UNet can be trained to predict.
+
+    Raises:
+        InputError: it is not; the message begins with `where`.
+    """
+    if value not in PREDICTION_TYPES:
+        raise InputError(f"{where} is {value!r}; only {' and '.join(PREDICTION_TYPES)} can be trained")
+    return value
 
 
 def find_family(

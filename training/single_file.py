@@ -20,6 +20,8 @@ from .weights_file import WeightsFile, cached_sha256
 _UNET_PREFIX = "model.diffusion_model."
 _VAE_PREFIXES = ("first_stage_model.", "vae.")
 
+_QUANTISATION_MARKS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
+
 
 class SingleFile:
     """A Checkpoint (see checkpoint.py) read from one file.
@@ -32,6 +34,10 @@ class SingleFile:
         self.path = path
         self._tokenizer_folder = tokenizer_folder
         self._file = WeightsFile(path)
+        if any(key.endswith(_QUANTISATION_MARKS) for key in self._file.keys):
+            raise InputError(
+                f"{path} holds scaled 8-bit weights, which cannot be trained on: use its fp16 or bf16 version"
+            )
         self._unet_prefix = _UNET_PREFIX if self._file.has_prefix(_UNET_PREFIX) else ""
         layout = infer_layout(self._file.shapes(self._unet_prefix))
         if layout is None:

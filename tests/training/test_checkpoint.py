@@ -309,10 +309,11 @@ def one_line(error) -> str:
     [
         (lambda w: {"double_blocks.0.img_mod.lin.weight": torch.ones(2)}, "holds no Stable Diffusion UNet"),
         (lambda w: w | {UNET + "label_emb.0.0.weight": torch.ones(2, 7)}, r"unknown family \(text width 768, vector"),
+        (lambda w: w | {UNET + "scaled_fp8": torch.ones(1)}, "holds scaled 8-bit weights"),
         (lambda w: w | {UNET + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, "takes 9 input channels"),
     ],
 )
-def test_a_model_of_another_family_is_named_with_the_families_known(tmp_path, weights, change, message):
+def test_a_model_that_cannot_be_trained_is_named_with_the_reason(tmp_path, weights, change, message):
     path = small.write(tmp_path / "other.safetensors", change(weights))
     with pytest.raises(InputError, match=message) as error:
         load_checkpoint(path)
@@ -386,5 +387,5 @@ def test_a_missing_tokenizer_is_told_how_to_get_one(tmp_path, sd1, monkeypatch):
 
 
 def test_an_unknown_prediction_type_is_refused(sd1):
-    with pytest.raises(InputError, match="unknown prediction_type 'x0'; use one of epsilon, v_prediction"):
+    with pytest.raises(InputError, match="prediction_type is 'x0'; only epsilon and v_prediction can be trained"):
         load_checkpoint(sd1.path, prediction_type="x0")
