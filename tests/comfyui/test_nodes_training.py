@@ -90,7 +90,7 @@ def test_a_finished_training_runs_again_only_when_the_dataset_changed(server, da
 
 
 def test_cancel_saves_the_expert_and_resuming_gives_the_uninterrupted_one(server, dataset):
-    steps = 40
+    steps = 30
     graph, node = _train(dataset, "cancelled", steps=steps)
 
     def cancel_after_a_few_steps(node_id: str, value: int, total: int) -> None:
