@@ -9,23 +9,28 @@ COLOURS = ("#f2a33c", "#4ea8de", "#7bc96f")
 BACKGROUND, TEXT, AXIS = "#1e1e1e", "#d0d0d0", "#555555"
 
 
-def draw_curves(series: Mapping[str, Sequence[float]], num_steps: int) -> Image.Image:
-    """Draw one panel a series, under one another, with its name and latest value; x runs to `num_steps`."""
+def draw_curves(series: Mapping[str, Sequence[float]], step: int, num_steps: int) -> Image.Image:
+    """Draw one panel a series, under one another, with its name and latest value.
+
+    Args:
+        series: name -> values of the last steps up to `step`, at least one.
+        step: the step of the latest values; x runs to `num_steps`.
+    """
     picture = Image.new("RGB", (WIDTH_PX, PANEL_PX * len(series)), BACKGROUND)
     canvas = ImageDraw.Draw(picture)
-    for index, (name, values) in enumerate(series.items()):
-        top = index * PANEL_PX
+    for panel, (name, values) in enumerate(series.items()):
+        top = panel * PANEL_PX
         bottom = top + PANEL_PX - MARGIN_PX // 2
-        canvas.text((MARGIN_PX, top + 4), f"{name} {values[-1]:.4g}   step {len(values)} of {num_steps}", fill=TEXT)
+        canvas.text((MARGIN_PX, top + 4), f"{name} {values[-1]:.4g}   step {step} of {num_steps}", fill=TEXT)
         canvas.line((MARGIN_PX, bottom, WIDTH_PX - MARGIN_PX, bottom), fill=AXIS)
         low, high = min(values), max(values)
         span_px, height_px = WIDTH_PX - 2 * MARGIN_PX, PANEL_PX - 2 * MARGIN_PX
         points = [
             (
-                MARGIN_PX + span_px * step / max(1, num_steps - 1),
+                MARGIN_PX + span_px * (step - len(values) + position) / max(1, num_steps - 1),
                 bottom - height_px * ((value - low) / (high - low) if high > low else 0.5),
             )
-            for step, value in enumerate(values)
+            for position, value in enumerate(values)
         ]
-        canvas.line(points if len(points) > 1 else points * 2, fill=COLOURS[index % len(COLOURS)], width=2)
+        canvas.line(points if len(points) > 1 else points * 2, fill=COLOURS[panel % len(COLOURS)], width=2)
     return picture

@@ -111,7 +111,7 @@ class SafetyExpertsTrain(io.ComfyNode):
             if record.stage == "train":
                 curves["loss"].append(record.metrics["loss"])
                 curves["margin"].append(record.metrics["rewards/margins"])
-                draw = partial(draw_curves, curves, record.num_steps)
+                draw = partial(draw_curves, curves, record.step, record.num_steps)
             progress.show(record.step, record.num_steps, draw)
 
         with host.training_on_device() as device:
