@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/safety-experts-installed
 BROWSER := $(VENV)/safety-experts-browser
 COMFYUI := $(VENV)/safety-experts-comfyui
 
-.PHONY: help demo test check format bench workflows test-browser clean force
+.PHONY: help demo test check lint format bench workflows test-browser clean force
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,8 +21,9 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## the whole pipeline on the toy world through a real ComfyUI (ARGS="--out DIR --fast")
 	$(BIN)/safety-experts demo $(ARGS)
 
-test: $(INSTALLED) lint  ## every test, on a real ComfyUI too (ARGS="-k merge" picks some)
+test: $(INSTALLED)  ## every test, on a real ComfyUI too, then lint (ARGS="-k merge" picks some)
 	$(BIN)/pytest --ignore=tests/browser $(ARGS)
+	@$(MAKE) --no-print-directory lint
 
 check: $(INSTALLED) lint  ## formatting, lint, types, and which room may import which
 	$(BIN)/mypy .
@@ -44,7 +45,6 @@ test-browser: $(BROWSER)  ## the example workflows in Chromium, as a user runs t
 clean:  ## remove the virtual environment and the tools' caches
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: lint
 lint: $(INSTALLED)
 	@$(BIN)/ruff format --quiet --check . || { echo "some files are not in the house format; run make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
