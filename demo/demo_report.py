@@ -1,12 +1,10 @@
 """The demo's report: promises and whether they were kept, numbers with intervals, pictures before and after."""
 
-import datetime
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 from PIL import Image
 
+from ..evaluation.machine import describe_machine
 from ..evaluation.report import Check, Pictures, Report, Table, write_report
 from ..evaluation.statistics import Rate
 from ..preferences.dataset import PreferenceDataset
@@ -16,22 +14,6 @@ from .world import MARKS
 
 MARK_BEFORE, MARK_AFTER, MAX_LOSS = 0.8, 0.2, 0.05
 NUM_PICTURES = 10
-
-
-def describe_machine() -> dict[str, str]:
-    """Return what a number depends on: machine, versions, date."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {_num_cores()} cores, {platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "peft", "transformers")},
-    }
-
-
-def _num_cores() -> int:
-    import os
-
-    return os.cpu_count() or 1
 
 
 def check_promises(result: DemoResult) -> list[Check]:
@@ -68,7 +50,7 @@ def _label(model: str) -> str:
 def write_demo_report(out: Path, result: DemoResult) -> tuple[Path, list[Check]]:
     """Write report.html and report.json into `out`; return the page and the promises."""
     checks = check_promises(result)
-    machine = describe_machine()
+    machine = describe_machine("diffusers", "peft", "transformers")
     models = list(result.measurements)
     names = {model: "base model" if model == "base" else _label(model).removeprefix("the ") for model in models}
     table_rows = [(names[model], _row(result.measurements[model], result.categories)) for model in models]

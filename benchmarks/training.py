@@ -1,0 +1,320 @@
+"""Training steps a second and peak memory: the published SafetyDPO step against ours, one speed-up after the other.
+
+    python benchmarks/training.py                      the toy model, on a CPU or a GPU
+    python benchmarks/training.py --model sd15 --device cuda
+    python benchmarks/training.py --model sdxl --device cuda
+
+All weights are random and all pairs synthetic: speed does not depend on them. The replica is written from the method's
+description (methods §1.1-1.2): a second frozen UNet as reference, VAE and text encoder in every step, AdamW, a half
+precision autocast. Every case is a fresh process, for its peak memory.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safety_experts.evaluation.machine import describe_machine
+from safety_experts.preferences.dataset import PreferencePair
+from safety_experts.training.batches import BatchPlan
+from safety_experts.training.denoiser import UNetDenoiser
+from safety_experts.training.lora import adapter_off, attach_lora, lora_parameters
+from safety_experts.training.recipe import Recipe
+from safety_experts.training.run import TrainingRun
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CASES = {
+    "replica": "second UNet, VAE and text encoder in every step",
+    "adapter off": "one UNet; the reference is the same UNet with its LoRA off",
+    "cached": "latents and text embeddings from a cache as well",
+    "ours": "the shipped trainer: the same, with weights in the compute dtype where the device is a GPU",
+    "ours, low memory": "ours with gradient checkpointing",
+}
+WARMUP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model family to build with random weights."""
+
+    size_px: int
+    context_dim: int
+    unet: dict
+    is_tiny_vae: bool = False
+    num_text_towers: int = 1
+
+
+_FULL = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "attention_head_dim": 8,
+}
+SHAPES = {
+    "toy": Shape(
+        64,
+        768,
+        {
+            "block_out_channels": (320,),
+            "down_block_types": ("CrossAttnDownBlock2D",),
+            "up_block_types": ("CrossAttnUpBlock2D",),
+            "mid_block_type": None,
+            "layers_per_block": 1,
+        },
+        is_tiny_vae=True,
+    ),
+    "sd15": Shape(512, 768, _FULL),
+    "sdxl": Shape(
+        1024,
+        2048,
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        num_text_towers=2,
+    ),
+}
+
+
+def main() -> None:
+    """Time every case of one model and write the result; `--case` times one in this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="toy")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, help="pairs a step (default: 8 for the toy model, else 4)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each case")
+    parser.add_argument("--case", choices=CASES, help="time this case only and print JSON")
+    arguments = parser.parse_args()
+    batch_size = arguments.batch_size or (8 if arguments.model == "toy" else 4)
+    if arguments.case:
+        device = torch.device(arguments.device)
+        print(json.dumps(time_case(arguments.case, arguments.model, device, batch_size, arguments.steps)))
+        return
+    cases = {}
+    for case in CASES:
+        command = [sys.executable, __file__, "--model", arguments.model, "--device", arguments.device]
+        command += ["--batch-size", str(batch_size), "--steps", str(arguments.steps), "--case", case]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        cases[case] = {"what": CASES[case], **json.loads(output.splitlines()[-1])}
+        print(f"{case}: {cases[case]}", flush=True)
+    replica, ours, low = cases["replica"], cases["ours"], cases["ours, low memory"]
+    result = {
+        "claims": {
+            "ours_times_faster_than_the_replica": round(ours["pairs_per_second"] / replica["pairs_per_second"], 2),
+            "our_memory_as_part_of_the_replicas": round(ours["peak_memory_gb"] / replica["peak_memory_gb"], 2),
+            "low_memory_times_faster": round(low["pairs_per_second"] / replica["pairs_per_second"], 2),
+            "low_memory_as_part_of_the_replicas": round(low["peak_memory_gb"] / replica["peak_memory_gb"], 2),
+        },
+        "setting": f"{arguments.model}, {SHAPES[arguments.model].size_px} px, batches of {batch_size} pairs, rank 4, "
+        f"{arguments.steps} timed steps after {WARMUP_STEPS}, {arguments.device}",
+        "cases": cases,
+        "load_average_at_the_end": round(os.getloadavg()[0], 2),
+        **describe_machine("diffusers", "peft", "transformers"),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    name = f"training_{arguments.model}_{torch.device(arguments.device).type}.json"
+    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result["claims"], indent=2))
+
+
+def time_case(case: str, model: str, device: torch.device, batch_size: int, steps: int) -> dict[str, float]:
+    """Return pairs a second, peak memory and, on a GPU, the part of its matrix rate that is used."""
+    torch.manual_seed(0)
+    if case.startswith("ours"):
+        step = our_step(SHAPES[model], device, batch_size, is_low_memory="low" in case)
+    else:
+        step = replica_step(
+            SHAPES[model], device, batch_size, has_second_unet=case == "replica", is_cached=case == "cached"
+        )
+    for _ in range(WARMUP_STEPS):
+        step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if is_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / steps
+    peak = torch.cuda.max_memory_allocated() if is_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "pairs_per_second": round(batch_size / seconds, 3),
+        "seconds_per_step": round(seconds, 4),
+        "peak_memory_gb": round(peak / 1e9, 3),
+        "teraflop_per_step": round(counter.get_total_flops() / 1e12, 4),
+        "flops_utilisation": round(counter.get_total_flops() / seconds / matrix_rate(device), 3),
+    }
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Return the measured bfloat16 matrix rate of a device in FLOP/s."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    a @ b
+    start, repeats = time.perf_counter(), 10
+    for _ in range(repeats):
+        product = a @ b
+    float(product[0, 0])  # waits for the device
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def build_unet(shape: Shape, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    sizes = {"sample_size": shape.size_px // 8, "cross_attention_dim": shape.context_dim, "attention_head_dim": 8}
+    with device:
+        unet = UNet2DConditionModel(**sizes | shape.unet).to(dtype)
+    return unet.requires_grad_(False)
+
+
+def build_encoders(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, list]:
+    """Return (VAE, text models): TAESD or AutoencoderKL; CLIP-L and, for SDXL, OpenCLIP-G."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    blocks = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    wide = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    }
+    narrow = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with device:
+        vae = AutoencoderTiny() if shape.is_tiny_vae else AutoencoderKL(**blocks)
+        texts = [CLIPTextModel(CLIPTextConfig(**size)) for size in (narrow, wide)[: shape.num_text_towers]]
+    return vae.to(dtype).requires_grad_(False), [text.to(dtype).requires_grad_(False) for text in texts]
+
+
+def added_conditions(shape: Shape, rows: int, device: torch.device) -> dict[str, Tensor] | None:
+    if shape.num_text_towers == 1:
+        return None
+    sizes = torch.tensor([shape.size_px, shape.size_px, 0, 0, shape.size_px, shape.size_px], device=device)
+    return {"text_embeds": torch.zeros(rows, 1280, device=device), "time_ids": sizes.float().expand(rows, -1)}
+
+
+def replica_step(
+    shape: Shape, device: torch.device, batch_size: int, *, has_second_unet: bool, is_cached: bool
+) -> Callable[[], None]:
+    """Return a function that takes one step as the published code describes it."""
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16  # a CPU's autocast is fast in bfloat16 only
+    frozen = half if device.type == "cuda" else torch.float32
+    unet = build_unet(shape, device, frozen)
+    reference = copy.deepcopy(unet) if has_second_unet else unet
+    attach_lora(unet, Recipe(rank=4))
+    parameters = list(lora_parameters(unet).values())
+    if shape.size_px == 1024:  # forced on for SDXL in the published code
+        unet.train()
+        unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=half is torch.float16)
+    vae, texts = (None, []) if is_cached else build_encoders(shape, device, frozen)
+    latent_size = shape.size_px // 8
+    alphas = torch.linspace(0.999, 0.005, 1000, device=device)
+
+    def encode() -> tuple[Tensor, Tensor]:
+        if vae is None:
+            return (
+                torch.randn(2 * batch_size, 4, latent_size, latent_size, device=device),
+                torch.randn(batch_size, 77, shape.context_dim, device=device),
+            )
+        images = torch.rand(2 * batch_size, 3, shape.size_px, shape.size_px, device=device).to(frozen) * 2 - 1
+        encoded = vae.encode(images)
+        latents = encoded.latents if shape.is_tiny_vae else encoded.latent_dist.sample() * 0.18215
+        tokens = torch.randint(0, 49407, (batch_size, 77), device=device)
+        hidden = [text(tokens, output_hidden_states=True).hidden_states[-2] for text in texts]
+        return latents.float(), torch.cat(hidden, dim=-1)
+
+    def step() -> None:
+        with torch.no_grad(), torch.autocast(device.type, dtype=half):
+            latents, hidden = encode()
+        noise = torch.randn(batch_size, *latents.shape[1:], device=device).repeat(2, 1, 1, 1)
+        timesteps = torch.randint(0, 1000, (batch_size,), device=device).repeat(2)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        inputs = {
+            "encoder_hidden_states": hidden.repeat(2, 1, 1),
+            "added_cond_kwargs": added_conditions(shape, 2 * batch_size, device),
+        }
+        with torch.autocast(device.type, dtype=half):
+            predicted = unet(noisy, timesteps, **inputs).sample
+            with torch.no_grad():
+                if has_second_unet:
+                    expected = reference(noisy, timesteps, **inputs).sample
+                else:
+                    with adapter_off(unet):
+                        expected = unet(noisy, timesteps, **inputs).sample
+        errors = [(p.float() - noise).square().flatten(1).mean(1).split(batch_size) for p in (predicted, expected)]
+        logit = -2500 * ((errors[0][0] - errors[0][1]) - (errors[1][0] - errors[1][1]))
+        scaler.scale(-functional.logsigmoid(logit).mean()).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+class SyntheticCache:
+    """Random latents and conditions where the trainer expects the cache of a dataset."""
+
+    def __init__(self, shape: Shape):
+        size = shape.size_px // 8
+        self._latents = torch.randn(2, 4, size, size)
+        self._conditions = {"hidden_states": torch.randn(77, shape.context_dim)}
+        if shape.num_text_towers == 2:
+            self._conditions["pooled"] = torch.randn(1280)
+
+    def latents(self, pair: PreferencePair, *, flipped: bool = False) -> tuple[Tensor, Tensor]:
+        return self._latents[0], self._latents[1]
+
+    def conditions(self, prompts: list[str]) -> dict[str, Tensor]:
+        return {name: value.expand(len(prompts), *value.shape) for name, value in self._conditions.items()}
+
+
+def our_step(shape: Shape, device: torch.device, batch_size: int, *, is_low_memory: bool) -> Callable[[], None]:
+    """Return a function that takes one step of the shipped trainer."""
+    recipe = Recipe(
+        batch_size=batch_size, accumulation_steps=1, steps=10_000, gradient_checkpointing=is_low_memory, warmup_steps=0
+    )
+    unet = build_unet(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    attach_lora(unet, recipe)
+    if is_low_memory:
+        unet.train()
+        unet.enable_gradient_checkpointing()
+    pair = PreferencePair("pair", "a prompt", "a safe prompt", ("violence",), "c.png", "r.png", False, True, 0, 8, 8)
+    denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon", torch.bfloat16)
+    run = TrainingRun(unet, denoiser, BatchPlan([pair] * 64, SyntheticCache(shape), recipe), recipe, device)
+    return lambda: run.take_step(lambda: False)
+
+
+if __name__ == "__main__":
+    main()
