@@ -37,6 +37,12 @@ def run(arguments: argparse.Namespace) -> None:
         for parent in facts["parents"]:
             sha = parent["sha256"] or parent["tensors_sha256"]
             print(f"  {parent['weight']:g} x {parent['name']} [{', '.join(parent['categories'])}] {sha[:12]}")
+    if origin := facts.get("extracted"):
+        print(f"extracted: {origin['tuned']} minus {origin['base']}")
+    if retained := facts.get("retained_energy"):
+        print(
+            f"truncated: {retained['mean']:.1%} of a layer's change kept on average, {retained['least']:.1%} at least"
+        )
     for block in facts["rank_blocks"]:
         print(f"dial: {', '.join(block['categories']) or block['name']} ({block['num_layers']} layers)")
     matched, ignored = facts["comfyui"]["matched_keys"], facts["comfyui"]["ignored_keys"]

@@ -37,10 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.out.suffix != ".safetensors":
-        raise InputError(f"--out {arguments.out} must end in .safetensors")
-    if arguments.out.exists() and not arguments.overwrite:
-        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
+    check_out(arguments)
     if bool(arguments.calibration) != bool(arguments.model):
         raise InputError("--calibration needs --model and the other way round")
     weights = _parse_weights(arguments.weights)
@@ -68,6 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"expert": str(arguments.out), "categories": merged.categories, "layers": len(merged.layers)}))
     else:
         print(f"{arguments.out}: {arguments.method} of {len(experts)}, {', '.join(merged.categories)}")
+
+
+def check_out(arguments: argparse.Namespace) -> None:
+    """Refuse an --out that is not safetensors, or that exists without --overwrite."""
+    if arguments.out.suffix != ".safetensors":
+        raise InputError(f"--out {arguments.out} must end in .safetensors")
+    if arguments.out.exists() and not arguments.overwrite:
+        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
 
 
 @contextlib.contextmanager

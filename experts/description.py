@@ -35,7 +35,7 @@ def describe_expert(expert: Expert) -> dict:
     alphas = sorted({layer.alpha for layer in expert.layers.values()})
     blocks = rank_blocks(expert) if "rank_blocks" in expert.info else []
     kept = ("base_checkpoint", "objective", "dataset_fingerprint", "step", "seed", "recipe", "metrics")
-    merge = ("method", "parameters", "parents", "statistics_sha256", "category_strengths")
+    merge = ("method", "parameters", "parents", "statistics_sha256", "category_strengths", "extracted", "converted")
     return {
         "name": expert.name,
         "categories": expert.categories,
@@ -43,9 +43,17 @@ def describe_expert(expert: Expert) -> dict:
         "ranks": ranks,
         "alphas": alphas,
         "num_values": sum(layer.down.numel() + layer.up.numel() for layer in expert.layers.values()),
+        **_retained(expert),
         **{key: expert.info[key] for key in (*kept, *merge) if key in expert.info},
         "rank_blocks": [
             {"name": block.name, "categories": list(block.categories), "num_layers": len(block.ranks)}
             for block in blocks
         ],
     }
+
+
+def _retained(expert: Expert) -> dict:
+    layers = expert.info.get("retained_energy")
+    if not layers:
+        return {}
+    return {"retained_energy": {"mean": sum(layers.values()) / len(layers), "least": min(layers.values())}}

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -21,7 +22,7 @@ UNET_PREFIX = "lora_unet"
 _KEY = re.compile(
     r"(?P<path>.+?)(?:"
     r"\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight|"  # peft, with or without an adapter name
-    r"\.lora_(?P<kohya>down|up)\.weight|"
+    r"\.lora_(?P<kohya>down|up|mid)\.weight|"
     r"[._]lora\.(?P<diffusers>down|up)\.weight|"
     r"\.lora_linear_layer\.(?P<old>down|up)\.weight|"
     r"(?P<alpha>\.alpha))"
@@ -32,10 +33,11 @@ _COMPONENTS = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
     "diffusion_model.": "unet",
+    "model.diffusion_model.": "unet",
 }
 _BARE_UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|"
-    r"input_blocks|middle_block|output_blocks)\."
+    r"input_blocks|middle_block|output_blocks)(\.|$)"
 )
 _NATIVE_RESNET = {
     "in_layers_2": "conv1",
@@ -67,6 +69,21 @@ def kohya_name(module_path: str, prefix: str = UNET_PREFIX) -> str:
     return f"{prefix}_{module_path.replace('.', '_')}"
 
 
+def layer_name(path: str, two_encoders: bool = False) -> str | None:
+    """Return the kohya name of a layer under any known spelling of its path (a key without its last part).
+
+    Args:
+        two_encoders: "text_encoder." is the first of two (SDXL).
+    """
+    place = _locate(path)
+    return place and _module_name(*place, two_encoders)
+
+
+def has_second_encoder(keys: Iterable[str]) -> bool:
+    """Say whether a file's diffusers keys tell two text encoders apart."""
+    return any(key.startswith("text_encoder_2.") for key in keys)
+
+
 def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, LoraParts]:
     """Sort LoRA tensors into layers by kohya module name.
 
@@ -78,7 +95,7 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
     Raises:
         InputError: a key matches nothing known, occurs twice, or a layer lacks one of its parts.
     """
-    has_second_encoder = any(key.startswith("text_encoder_2.") for key in tensors)
+    two_encoders = has_second_encoder(tensors)
     found: dict[str, dict[str, Tensor]] = {}
     origin: dict[str, tuple[str, str]] = {}
     unknown = []
@@ -89,7 +106,7 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
             unknown.append(key)
             continue
         component, path = place
-        module = _module_name(component, path, has_second_encoder)
+        module = _module_name(component, path, two_encoders)
         part = _part(match)
         if part in found.setdefault(module, {}):
             raise InputError(f"{source}: layer {module} occurs twice, again as {key!r}; remove one spelling")
@@ -102,9 +119,11 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
     for module, parts in found.items():
         if missing := [part for part in ("down", "up") if part not in parts]:
             raise InputError(f"{source}: layer {module} has no {missing[0]} part; the file is incomplete")
-        rank = parts["down"].shape[0]
+        down, rank = parts["down"], parts["down"].shape[0]
+        if "mid" in parts:  # a Tucker convolution: 1x1 down, then the kernel; together they are one k x k down
+            down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.float().flatten(1))
         alpha = float(parts["alpha"]) if "alpha" in parts else adapter.alpha(*origin[module], rank)
-        layers[module] = LoraParts(parts["down"], parts["up"], alpha)
+        layers[module] = LoraParts(down, parts["up"], alpha)
     return layers
 
 
@@ -130,10 +149,10 @@ def _part(match: re.Match) -> str:
 
 def _locate(path: str) -> tuple[str, str] | None:
     """Split a key's path into its model ("unet", "text_encoder", …, or "" for kohya names) and the module path."""
-    if "." not in path:
-        if path.startswith("lycoris_"):
-            return "unet", path.removeprefix("lycoris_")
-        return ("", path) if path.startswith("lora_") else None
+    if "." not in path and path.startswith("lycoris_"):
+        return "unet", path.removeprefix("lycoris_")
+    if "." not in path and path.startswith("lora_"):
+        return "", path
     for prefix, component in _COMPONENTS.items():
         if path.startswith(prefix):
             return component, path.removeprefix(prefix).removeprefix("base_model.model.")
@@ -143,10 +162,10 @@ def _locate(path: str) -> tuple[str, str] | None:
     return ("text_encoder", bare) if bare.startswith("text_model.") else None
 
 
-def _module_name(component: str, path: str, has_second_encoder: bool) -> str:
+def _module_name(component: str, path: str, two_encoders: bool) -> str:
     if component.startswith("text_encoder"):
         prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
-        return kohya_name(path, prefix if has_second_encoder else "lora_te")
+        return kohya_name(path, prefix if two_encoders else "lora_te")
     if component == "unet":
         path = re.sub(r"\.processor\.to_out$", ".to_out.0", path).replace(".processor.", ".")
         name = path.replace(".", "_")
@@ -216,7 +235,7 @@ def _unknown_keys_message(unknown: Iterable[str], num_keys: int, source: str) ->
     if "dora_scale" in text or "lora_magnitude_vector" in text:
         hint = "DoRA is not a low-rank change and cannot be merged"
     elif "hada_" in text or "lokr_" in text:
-        hint = "LoHa and LoKr files are not read; give a LoRA"
+        hint = "turn LoHa and LoKr into a LoRA with `safety-experts convert`"
     elif any(key.startswith(("model.diffusion_model.", "conv_in.", "first_stage_model.")) for key in keys):
         hint = "this looks like a whole model; give a LoRA file"
     else:

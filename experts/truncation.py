@@ -36,7 +36,7 @@ def truncate_factors(up: Tensor, down: Tensor, rank: int, energy: float = 1.0) -
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    return _keep(q_up @ u, s, vh @ q_down.T, float(s.square().sum()), rank, energy)
+    return keep_leading(q_up @ u, s, vh @ q_down.T, float(s.square().sum()), rank, energy)
 
 
 def truncate_dense(delta: Tensor, rank: int, energy: float = 1.0) -> Truncated | None:
@@ -49,7 +49,7 @@ def truncate_dense(delta: Tensor, rank: int, energy: float = 1.0) -> Truncated |
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         u, s, vh = randomized_svd(delta, width)
-    return _keep(u, s, vh, float(delta.double().square().sum()), rank, energy)
+    return keep_leading(u, s, vh, float(delta.double().square().sum()), rank, energy)
 
 
 def randomized_svd(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +64,8 @@ def randomized_svd(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     return basis @ u, s, vh
 
 
-def _keep(u: Tensor, s: Tensor, vh: Tensor, total_energy: float, rank: int, energy: float) -> Truncated | None:
+def keep_leading(u: Tensor, s: Tensor, vh: Tensor, total_energy: float, rank: int, energy: float) -> Truncated | None:
+    """Cut singular triplets u [out, n], s [n] (falling), vh [n, in] of a matrix with that ‖ΔW‖² to rank and energy."""
     held = s.double().square()
     # Below float32's resolution there is nothing to store.
     num_real = int((s > s.max() * torch.finfo(torch.float32).eps).sum())

@@ -1,0 +1,95 @@
+"""Does a merged file hold what its metadata says? The merge is done again from its parents and compared."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .blocks import scale_categories
+from .co_merge import load_statistics
+from .expert import Expert
+from .expert_file import load_expert
+from .merging import merge_experts, statistics_sha256
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The outcome: every bit the same, and else the largest ‖difference‖ / ‖ΔW‖ of a layer and which layer it is."""
+
+    is_identical: bool
+    relative_error: float
+    worst_layer: str | None
+
+
+def reproduce_merge(
+    path: str | os.PathLike,
+    parents: Sequence[str | os.PathLike] = (),
+    statistics_path: str | os.PathLike | None = None,
+) -> Reproduction:
+    """Merge again what a file says it was merged from, and compare.
+
+    Args:
+        path: the merged expert.
+        parents: files of its parents in any order; those not given are looked for beside it by name.
+        statistics_path: the activation counts, for methods that need them.
+
+    Raises:
+        InputError: not a merge, a parent is missing or has changed, or the statistics are missing or others.
+    """
+    recorded = load_expert(path)
+    if "parents" not in recorded.info:
+        raise InputError(f"{path} is no merge (its metadata names no parents); give a file written by `merge`")
+    experts = _find_parents(recorded, Path(path), parents)
+    info = recorded.info
+    statistics = None
+    if "statistics_sha256" in info:
+        if statistics_path is None:
+            raise InputError(f"{path} was merged by activation statistics; give the file with --statistics")
+        statistics = load_statistics(statistics_path, experts)
+        if statistics_sha256(statistics) != info["statistics_sha256"]:
+            raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
+    again = merge_experts(
+        experts,
+        info["method"],
+        weights=[parent["weight"] for parent in info["parents"]],
+        parameters=info["parameters"],
+        statistics=statistics,
+    )
+    if strengths := info.get("category_strengths"):
+        again = scale_categories(again, strengths)
+    return _compare(recorded, again)
+
+
+def _find_parents(recorded: Expert, path: Path, given: Sequence[str | os.PathLike]) -> list[Expert]:
+    beside = [path.parent / f"{parent['name']}.safetensors" for parent in recorded.info["parents"]]
+    candidates = [load_expert(file) for file in (*given, *(file for file in beside if file.is_file()))]
+    by_content = {expert.tensors_sha256(): expert for expert in candidates}
+    experts = []
+    for parent in recorded.info["parents"]:
+        expert = by_content.get(parent["tensors_sha256"])
+        if expert is None:
+            same_name = any(candidate.name == parent["name"] for candidate in candidates)
+            problem = "has changed since" if same_name else "is missing"
+            raise InputError(
+                f"{path}: its parent {parent['name']} (sha256 {str(parent['sha256'])[:12]}) {problem}; "
+                "give its file as a further argument"
+            )
+        experts.append(expert)
+    return experts
+
+
+def _compare(recorded: Expert, again: Expert) -> Reproduction:
+    if recorded.tensors_sha256() == again.tensors_sha256():
+        return Reproduction(True, 0.0, None)
+    worst, worst_layer = 0.0, None
+    for name in recorded.layers.keys() | again.layers.keys():
+        error = float("inf")
+        if name in recorded.layers and name in again.layers:
+            delta = recorded.layers[name].delta()
+            error = float((again.layers[name].delta() - delta).norm() / delta.norm().clamp(min=torch.finfo().tiny))
+        if error > worst:
+            worst, worst_layer = error, name
+    return Reproduction(False, worst, worst_layer)
