@@ -21,7 +21,8 @@ BUILDER = textwrap.dedent("""
     for index in range(first, last):
         pair = PromptPair(f"a circle {index} with thorns", f"a circle {index}", ("violence",), index)
         if pair.id not in dataset.ids:
-            dataset.add(pair, Image.new("RGB", (4, 4), (0, index % 256, 0)), Image.new("RGB", (4, 4), (index % 256, 0, 1)))
+            chosen, rejected = (Image.new("RGB", (4, 4), (index % 256, 0, blue)) for blue in (0, 1))
+            dataset.add(pair, chosen, rejected)
             print(index, flush=True)
 """)
 

@@ -1,0 +1,73 @@
+"""The three example workflows, queued on the real server as the demo queues them, on fewer pairs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safety_experts.demo.demo_report import write_demo_report
+from safety_experts.demo.pipeline import DemoSize, load_workflow, run_pipeline
+from safety_experts.errors import InputError
+from safety_experts.experts.expert_file import load_expert
+
+CATEGORIES = ("violence", "hate")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the demo with 8 training and 4 evaluation pairs a category; its log is checked inside."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_pipeline(out, CATEGORIES, DemoSize(training_pairs=8, evaluation_pairs=4))
+
+
+def test_the_workflows_write_pairs_experts_and_pictures(demo):
+    out, result = demo
+    base = out / "comfyui"
+    pairs = [json.loads(line) for line in (base / "datasets/toy_pairs/metadata.jsonl").read_text().splitlines()]
+    assert [pair["categories"] for pair in pairs].count(["violence"]) == 8 and len(pairs) == 16
+    assert (base / "datasets/recorded_pairs/metadata.jsonl").read_text().count("\n") == 1
+    for category in CATEGORIES:
+        expert = load_expert(result.experts[category])
+        assert expert.categories == [category] and expert.info["num_pairs"] == 8
+    for model in ("weighted sum", "row Co-Merge"):
+        merged = load_expert(result.experts[model])
+        assert set(merged.categories) == set(CATEGORIES) and len(merged.info["parents"]) == 2
+    for side in ("before", "after"):
+        pictures = sorted((base / "output").glob(f"{side}_*.png"))
+        assert len(pictures) == 8  # 4 from each of the two merges
+        assert Image.open(pictures[0]).size == (64, 64)
+
+
+def test_every_model_is_measured_on_the_same_prompts_and_the_report_shows_it(demo):
+    out, result = demo
+    assert list(result.measurements) == ["base", *CATEGORIES, "weighted sum", "row Co-Merge"]
+    assert {measured["safe"].mark.num_images for measured in result.measurements.values()} == {8}
+    prompts = {tuple(pair.id for pair in dataset.pairs) for dataset in result.datasets.values()}
+    assert len(prompts) == 1
+    page, checks = write_demo_report(out, result)
+    numbers = json.loads(page.with_suffix(".json").read_text())
+    assert numbers["models"]["base"]["violence"]["mark_rate"]["num_images"] == 4
+    assert len(checks) == len(numbers["promises"]) == 12
+    assert page.read_text().count("<img") == 3 * 5 * 4
+
+
+def test_the_demo_does_not_empty_a_folder_of_something_else(tmp_path):
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(InputError, match="no earlier demo wrote it"):
+        run_pipeline(tmp_path, CATEGORIES, DemoSize(1, 1))
+    assert (tmp_path / "photo.png").exists()
+
+
+@pytest.mark.parametrize("name", ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"])
+def test_the_saved_workflow_holds_the_nodes_and_values_that_are_queued(name):
+    """The browser test compares them exactly; this one needs no browser."""
+    graph = load_workflow(name)
+    folder = Path(__file__).resolve().parents[2] / "example_workflows"
+    saved = {str(node["id"]): node for node in json.loads((folder / f"{name}.json").read_text())["nodes"]}
+    assert {number: node["class_type"] for number, node in graph.items()} == {
+        number: node["type"] for number, node in saved.items()
+    }
+    for number, node in graph.items():
+        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        widgets = saved[number].get("widgets_values") or []
+        assert all(value in widgets for value in values), f"{name}: node {number}"

@@ -1,0 +1,132 @@
+"""The whole trainer on the toy checkpoint: command line, file, and what diffusers makes of the file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safety_experts.demo.comfyui import find_comfyui
+from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+from safety_experts.demo.world import prompt_for, render_scene
+from safety_experts.errors import InputError, SafetyExpertsError
+from safety_experts.experts.expert_file import load_expert
+from safety_experts.experts.keys import kohya_name
+from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
+from safety_experts.preferences.pairs import PromptPair
+from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.training.recipe import load_recipe
+from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = find_comfyui() / "comfy" / "sd1_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Four rendered pairs; no model has drawn them, which an imported dataset's need not have either."""
+    dataset = PreferenceDataset.create(tmp_path_factory.mktemp("data") / "pairs", DatasetInfo({}, {}, "rendered", ""))
+    for seed, colour in enumerate(("red", "green", "blue", "yellow")):
+        pair = PromptPair(prompt_for(colour, "circle", "thorns"), prompt_for(colour, "circle"), ("violence",), seed)
+        chosen, rejected = (render_scene(colour, "circle", mark, seed) for mark in (None, "thorns"))
+        dataset.add(pair, chosen, rejected)
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def expert_path(dataset, tmp_path_factory):
+    """An expert of four steps, trained by the command line from another directory, without installing the pack."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--model", str(ensure_toy_checkpoint())]
+    command += ["--dataset", str(dataset.folder), "--recipe", "toy", "--set", "steps=4", "--set", "batch_size=4"]
+    command += ["--tokenizer", str(TOKENIZER), "--out", "violence.safetensors", "--json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["expert"] == "violence.safetensors" and answer["steps"] == 4
+    assert [path.name for path in folder.iterdir()] == ["violence.safetensors"]
+    return folder / "violence.safetensors"
+
+
+def test_the_command_trains_from_another_directory_and_the_file_says_how(expert_path, dataset):
+    expert = load_expert(expert_path)
+    assert len(expert.layers) == 3 * 8
+    assert expert.info["dataset_fingerprint"] == dataset.fingerprint()
+    assert expert.info["recipe"]["steps"] == expert.info["step"] == 4
+    assert expert.info["base_checkpoint"]["family"] == "sd15"
+
+
+def test_the_command_does_not_overwrite_unless_told(expert_path, dataset):
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--model", "x", "--dataset", str(dataset.folder)]
+    done = subprocess.run([*command, "--out", str(expert_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "choose another name or add --overwrite" in done.stderr and done.stderr.count("\n") == 1
+
+
+def train(dataset, out, *overrides, **options):
+    recipe = load_recipe("toy", ["steps=4", "batch_size=4", *overrides])
+    return train_expert(
+        ensure_toy_checkpoint(), dataset, recipe, out, device="cpu", tokenizer_folder=TOKENIZER, **options
+    )
+
+
+def test_the_same_recipe_trains_the_same_file(expert_path, dataset, tmp_path):
+    train(dataset, tmp_path / "violence.safetensors")
+    assert (tmp_path / "violence.safetensors").read_bytes() == expert_path.read_bytes()
+
+
+def test_a_stopped_run_saves_and_its_resumption_equals_an_uninterrupted_run(expert_path, dataset, tmp_path):
+    out = tmp_path / "violence.safetensors"
+    seen = []
+    stopped = train(dataset, out, on_step=seen.append, should_stop=lambda: len([r for r in seen if r.metrics]) >= 2)
+    assert stopped.stopped and load_expert(out).info["step"] == 2 and resume_path(out).exists()
+    finished = train(dataset, out, resume=True)
+    assert not finished.stopped and not resume_path(out).exists()
+    assert out.read_bytes() == expert_path.read_bytes()
+
+
+def test_stopping_before_the_first_step_or_a_bad_loss_leaves_nothing(dataset, tmp_path):
+    out = tmp_path / "violence.safetensors"
+    with pytest.raises(TrainingStoppedError, match="nothing was saved"):
+        train(dataset, out, should_stop=lambda: True)
+    with pytest.raises(SafetyExpertsError, match=r"the loss became (nan|inf)"):
+        train(dataset, out, "learning_rate=1e30", "beta=1e9", "precision=fp32", "anchor_weight=0")
+    with pytest.raises(InputError, match="cannot resume"):
+        train(dataset, out, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same(expert_path):
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    checkpoint, expert = load_checkpoint(ensure_toy_checkpoint(), tokenizer_folder=TOKENIZER), load_expert(expert_path)
+    tower = checkpoint.load_text_encoder().towers[0]
+    pipeline = StableDiffusionPipeline(
+        vae=checkpoint.load_vae().model,
+        text_encoder=tower.model,
+        tokenizer=tower.tokenizer,
+        unet=checkpoint.load_unet(),
+        scheduler=DDPMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.load_lora_weights(str(expert_path.parent), weight_name=expert_path.name)
+    loaded = {name for name, module in pipeline.unet.named_modules() if getattr(module, "lora_A", None)}
+    assert {kohya_name(name) for name in loaded} == set(expert.layers)
+
+    merged = checkpoint.load_unet()
+    for name, module in merged.named_modules():
+        if layer := expert.layers.get(kohya_name(name)):
+            module.weight.data += layer.delta()
+    generator = torch.Generator().manual_seed(0)
+    inputs = (
+        torch.randn(2, 4, 8, 8, generator=generator),
+        torch.tensor([10, 800]),
+        torch.randn(2, 77, 768, generator=generator),
+    )
+    with torch.no_grad():
+        ours, theirs, base = (unet(*inputs).sample for unet in (merged, pipeline.unet, checkpoint.load_unet()))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours, base, atol=1e-5)
