@@ -1,6 +1,8 @@
 """Merging experts into one, layer by layer, with where everything came from in the result's metadata."""
 
 import hashlib
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from ..errors import InputError
 from .blocks import RankBlock, rank_blocks
 from .expert import Expert, LoraLayer, tensor_bytes
 from .merge_methods import METHODS, LayerTask, MergeMethod, Part
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["METHODS", "find_method", "merge_experts"]
 
@@ -51,6 +55,8 @@ def merge_experts(
     chosen_weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
     if len(chosen_weights) != len(experts):
         raise InputError(f"{len(chosen_weights)} weights for {len(experts)} experts; give one weight an expert")
+    if not all(map(math.isfinite, chosen_weights)):
+        raise InputError(f"weights {chosen_weights} must be finite numbers")
     values = entry.parse_parameters(parameters or {}, method)
     if entry.needs_statistics and statistics is None and len(experts) > 1:
         raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
@@ -166,8 +172,11 @@ def _merge_info(
             for expert, expert_id, weight in zip(experts, expert_ids, weights, strict=True)
         ],
     }
-    if bases[0] and all(base == bases[0] for base in bases):
-        info["base_checkpoint"] = bases[0]
+    known = [base for base in bases if base]
+    if any(base != known[0] for base in known):
+        logger.warning("the experts were trained on different models: %s", ", ".join(str(b.get("name")) for b in known))
+    elif len(known) == len(bases):
+        info["base_checkpoint"] = known[0]
     return info
 
 

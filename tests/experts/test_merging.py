@@ -146,6 +146,14 @@ def test_the_merge_says_where_it_comes_from(make_expert, tmp_path):
     assert info["parents"][0]["sha256"] == loaded[0].file_sha256
 
 
+def test_experts_of_different_models_are_merged_with_a_warning(make_expert, caplog):
+    experts = [make_expert(1), make_expert(2)]
+    for expert, name in zip(experts, ("one", "two"), strict=True):
+        expert.info["base_checkpoint"] = {"name": name}
+    assert "base_checkpoint" not in merge_experts(experts, "linear").info
+    assert "trained on different models: one, two" in caplog.text
+
+
 def test_saved_merge_loads_with_its_blocks(make_expert, tmp_path):
     experts = three_experts(make_expert)
     merged = merge_experts(experts, "co-merge", statistics=random_counts(experts))
@@ -174,6 +182,7 @@ def test_experts_of_different_shapes_are_named(make_expert):
     [
         ({"method": "nonsense"}, "no merge method 'nonsense'; choose one of linear, average"),
         ({"method": "linear", "weights": [1.0]}, "1 weights for 2 experts"),
+        ({"method": "linear", "weights": [1.0, float("nan")]}, r"weights \[1.0, nan\] must be finite"),
         ({"method": "linear", "parameters": {"density": 1}}, "linear has no parameter 'density'"),
         ({"method": "co-merge"}, "co-merge needs activation statistics"),
         ({"method": "co-merge", "statistics": {}}, "the statistics have no layer lora_unet"),
