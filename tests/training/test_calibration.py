@@ -1,11 +1,18 @@
 from types import SimpleNamespace
 
 import pytest
+import small_checkpoints
 import torch
+from PIL import Image
+from safety_experts.commands import run
 from safety_experts.errors import InputError
+from safety_experts.experts.co_merge import load_statistics
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
+from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
+from safety_experts.preferences.pairs import PromptPair
 from safety_experts.training.calibration import collect_statistics, count_activations
 from safety_experts.training.denoiser import UNetDenoiser
 
@@ -101,3 +108,31 @@ def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
 def test_a_missing_dataset_is_named(experts, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         collect_statistics(experts, tmp_path / "model.safetensors", tmp_path / "nowhere")
+
+
+def test_merge_command_calibrates_on_a_checkpoint_and_keeps_the_counts(tmp_path, capsys):
+    dataset = PreferenceDataset.create(tmp_path / "pairs", DatasetInfo({}, {}, "toy", ""))
+    for number in range(3):
+        pair = PromptPair(f"a red circle with thorns {number}", f"a red circle {number}", ("violence",), number)
+        dataset.add(pair, Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), (9 * number, 99, 0)))
+    model = small_checkpoints.write(tmp_path / "model.safetensors", small_checkpoints.sd1_weights())
+    tokenizer = small_checkpoints.write_tokenizer(tmp_path / "tokenizer")
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    for seed, name in ((1, "hate"), (2, "violence")):
+        generator = torch.Generator().manual_seed(seed)
+        down, up = torch.randn(2, 768, generator=generator), torch.randn(32, 2, generator=generator)
+        expert = Expert({layer: LoraLayer(down, up, 2.0)}, {"categories": [name]}, name)
+        save_expert(expert, tmp_path / f"{name}.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("hate", "violence")]
+    counts, out = tmp_path / "counts.safetensors", tmp_path / "merged.safetensors"
+
+    command = ["merge", *files, "--method", "co-merge", "--out", str(out), "--statistics", str(counts)]
+    calibration = ["--calibration", str(tmp_path / "pairs"), "--model", str(model), "--tokenizer", str(tokenizer)]
+    assert run([*command, *calibration, "--num-prompts", "2", "--device", "cpu"]) == 0, capsys.readouterr().err
+
+    statistics = load_statistics(counts, [load_expert(file) for file in files])
+    assert statistics[layer].sum(dim=0).eq(2 * 77).all()  # two prompts of 77 tokens
+    assert run(["reproduce", str(out), "--statistics", str(counts)]) == 0
+    again = tmp_path / "again.safetensors"
+    assert run([*command[:-4], "--out", str(again), "--statistics", str(counts)]) == 0
+    assert load_expert(again).tensors_sha256() == load_expert(out).tensors_sha256()

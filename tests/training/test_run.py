@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import MemoryCache, make_pair, tiny_unet
 from safety_experts.errors import InputError, SafetyExpertsError
+from safety_experts.training.batches import BatchPlan
+from safety_experts.training.denoiser import UNetDenoiser
 from safety_experts.training.lora import adapter_off, attach_lora, lora_modules, lora_parameters, read_layers
-from safety_experts.training.recipe import Recipe
-from safety_experts.training.run import learning_rate_at
+from safety_experts.training.recipe import Recipe, load_recipe, shipped_recipes
+from safety_experts.training.run import TrainingRun, learning_rate_at
 from safety_experts.training.step_loss import batch_loss
 
 
@@ -218,6 +220,18 @@ def test_duo_draws_two_timesteps_and_anchors_on_pure_noise(make_run):
 def test_learning_rate_schedules_are_the_textbook_curves(schedule, expected):
     recipe = Recipe(schedule=schedule, warmup_steps=2, steps=6, learning_rate=1.0)
     assert [learning_rate_at(recipe, step) for step in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_takes_a_step(name, pairs):
+    recipe = load_recipe(name)
+    unet = tiny_unet()
+    attach_lora(unet, recipe)
+    denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
+    run = TrainingRun(unet, denoiser, BatchPlan(pairs, MemoryCache(), recipe), recipe, torch.device("cpu"))
+    before = weights_of(run)
+    assert math.isfinite(run.take_step(go_on)["loss"])
+    assert any(not torch.equal(value, before[key]) for key, value in weights_of(run).items())
 
 
 def test_targets_choose_the_attention_layers():
