@@ -44,13 +44,22 @@ class ActivationCounter:
             layer_name: kohya name of a layer that at least one expert has.
             x: the layer's input, [..., in], or [b, in, h, w] where the layer is a convolution.
             convolution: stride, padding and dilation of the layer where it is a convolution.
+
+        Raises:
+            InputError: the input is not as wide as the experts' layer: they belong to another model.
         """
         layers = self._layers_on(layer_name, x.device)
-        num_rows = layers[0][1].up.shape[0]
+        num_rows, is_convolution = layers[0][1].up.shape[0], layers[0][1].down.ndim == 4
+        width, expected = x.shape[1 if is_convolution else -1], layers[0][1].down.shape[1]
+        if width != expected:
+            raise InputError(
+                f"layer {layer_name} gets {width} channels in this model but takes {expected} in the experts; "
+                "use the model that they were trained on"
+            )
         if layer_name not in self._counts:
             self._counts[layer_name] = torch.zeros(len(self.experts), num_rows, dtype=torch.int64, device=x.device)
         counts = self._counts[layer_name]
-        for tokens in _chunks(x, num_rows, is_convolution=layers[0][1].down.ndim == 4):
+        for tokens in _chunks(x, num_rows, is_convolution=is_convolution):
             tokens = tokens.float()
             index, layer = layers[0]
             best = _activation(layer, tokens, convolution).abs_()

@@ -14,7 +14,7 @@ from .cache import PairCache
 from .checkpoint import load_checkpoint
 from .denoiser import UNetDenoiser
 from .lora import seeded_generator
-from .trainer import choose_device
+from .processes import Processes
 
 _PAIRS_PER_PASS = 8
 
@@ -50,7 +50,7 @@ def collect_statistics(
     Raises:
         InputError: dataset or checkpoint are unusable, or hold no layer of the experts.
     """
-    target = torch.device(device) if device is not None else choose_device()
+    target = torch.device(device) if device is not None else Processes.from_launcher()[1]
     half = target.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if half else torch.float32
     dataset = PreferenceDataset.open(dataset_folder)

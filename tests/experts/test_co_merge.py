@@ -94,6 +94,11 @@ def test_a_model_without_the_layers_is_refused(make_expert):
         pass
 
 
+def test_a_model_of_other_width_is_refused(make_expert):
+    with pytest.raises(InputError, match="gets 8 channels in this model but takes 10 in the experts"):
+        ActivationCounter([make_expert(1)]).observe(LINEAR, torch.ones(2, 8))
+
+
 def test_statistics_file_comes_back_for_experts_in_another_order(make_expert, tmp_path):
     experts = [make_expert(1), make_expert(2)]
     counts = {LINEAR: torch.arange(24).reshape(2, 12)}

@@ -1,7 +1,6 @@
 from types import SimpleNamespace
 
 import pytest
-import small_checkpoints
 import torch
 from PIL import Image
 from safety_experts.commands import run
@@ -13,6 +12,7 @@ from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.training import calibration
 from safety_experts.training.calibration import collect_statistics, count_activations
 from safety_experts.training.denoiser import UNetDenoiser
 
@@ -110,29 +110,48 @@ def test_a_missing_dataset_is_named(experts, tmp_path):
         collect_statistics(experts, tmp_path / "model.safetensors", tmp_path / "nowhere")
 
 
-def test_merge_command_calibrates_on_a_checkpoint_and_keeps_the_counts(tmp_path, capsys):
+class SmallCheckpoint:
+    """A checkpoint whose VAE pools 8x8 pixels and whose text encoder counts letters, around the tiny UNet."""
+
+    sha256, prediction_type = "0" * 64, "epsilon"
+
+    def __init__(self, denoiser):
+        self.denoiser, self.alphas_cumprod = denoiser, denoiser.alphas_cumprod
+
+    def load_vae(self, dtype, device):
+        return self
+
+    def load_text_encoder(self, dtype, device):
+        return self
+
+    def load_unet(self, dtype, device):
+        return self.denoiser.unet
+
+    def encode_images(self, images):
+        return torch.nn.functional.avg_pool2d(images, 8)[:, [0, 1, 2, 0]]
+
+    def encode_prompts(self, prompts):
+        return {"hidden_states": torch.tensor([[[len(p) + n for n in range(8)]] * 5 for p in prompts]).float()}
+
+
+def test_merge_command_calibrates_on_a_dataset_and_keeps_the_counts(denoiser, experts, tmp_path, monkeypatch, capsys):
     dataset = PreferenceDataset.create(tmp_path / "pairs", DatasetInfo({}, {}, "toy", ""))
     for number in range(3):
         pair = PromptPair(f"a red circle with thorns {number}", f"a red circle {number}", ("violence",), number)
         dataset.add(pair, Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), (9 * number, 99, 0)))
-    model = small_checkpoints.write(tmp_path / "model.safetensors", small_checkpoints.sd1_weights())
-    tokenizer = small_checkpoints.write_tokenizer(tmp_path / "tokenizer")
-    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    for seed, name in ((1, "hate"), (2, "violence")):
-        generator = torch.Generator().manual_seed(seed)
-        down, up = torch.randn(2, 768, generator=generator), torch.randn(32, 2, generator=generator)
-        expert = Expert({layer: LoraLayer(down, up, 2.0)}, {"categories": [name]}, name)
-        save_expert(expert, tmp_path / f"{name}.safetensors")
-    files = [str(tmp_path / f"{name}.safetensors") for name in ("hate", "violence")]
-    counts, out = tmp_path / "counts.safetensors", tmp_path / "merged.safetensors"
+    files = []
+    for expert in experts:
+        files.append(str(tmp_path / f"{expert.name}.safetensors"))
+        save_expert(expert, files[-1])
+    monkeypatch.setattr(calibration, "load_checkpoint", lambda path, tokenizer_folder: SmallCheckpoint(denoiser))
+    counts, out, again = (tmp_path / f"{name}.safetensors" for name in ("counts", "merged", "again"))
 
-    command = ["merge", *files, "--method", "co-merge", "--out", str(out), "--statistics", str(counts)]
-    calibration = ["--calibration", str(tmp_path / "pairs"), "--model", str(model), "--tokenizer", str(tokenizer)]
-    assert run([*command, *calibration, "--num-prompts", "2", "--device", "cpu"]) == 0, capsys.readouterr().err
+    command = ["merge", *files, "--method", "co-merge", "--statistics", str(counts)]
+    options = ["--calibration", str(tmp_path / "pairs"), "--model", "small.safetensors", "--num-prompts", "2"]
+    assert run([*command, *options, "--out", str(out)]) == 0, capsys.readouterr().err
 
-    statistics = load_statistics(counts, [load_expert(file) for file in files])
-    assert statistics[layer].sum(dim=0).eq(2 * 77).all()  # two prompts of 77 tokens
+    for name, values in load_statistics(counts, experts).items():
+        assert values.sum(dim=0).eq(2 * (16 if "attn1" in name else 5)).all()
     assert run(["reproduce", str(out), "--statistics", str(counts)]) == 0
-    again = tmp_path / "again.safetensors"
-    assert run([*command[:-4], "--out", str(again), "--statistics", str(counts)]) == 0
+    assert run([*command, "--out", str(again)]) == 0
     assert load_expert(again).tensors_sha256() == load_expert(out).tensors_sha256()
