@@ -95,8 +95,8 @@ def _page(report: Report) -> str:
         if section.note:
             parts.append(f"<p class=note>{html.escape(section.note)}</p>")
     if report.details:
-        rows = "".join(_cells("td", [key, str(value)]) for key, value in report.details.items())
-        parts.append(f"<h2>How this was made</h2><table>{rows}</table>")
+        details = "".join(_cells("td", [key, str(value)]) for key, value in report.details.items())
+        parts.append(f"<h2>How this was made</h2><table>{details}</table>")
     return (
         '<!doctype html><html lang=en><meta charset="utf-8"><meta name=viewport content="width=device-width">'
         f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"

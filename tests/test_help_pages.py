@@ -1,4 +1,4 @@
-"""Every node has a help page; its tables explain every option (`python tests/test_help_pages.py` rewrites them)."""
+"""Help pages and README list every option and method (`python tests/test_help_pages.py` rewrites their tables)."""
 
 import re
 from pathlib import Path
@@ -9,11 +9,15 @@ from safety_experts.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "web" / "docs"
+_METHOD_ROWS = [
+    f"| `{name}` | [{method.title}]({method.paper_url}) | {method.summary} |" for name, method in METHODS.items()
+]
 ROWS = {
-    "SafetyExpertsMerge": [
-        f"| `{name}` | [{method.title}]({method.paper_url}) | {method.summary} |" for name, method in METHODS.items()
+    "README.md": _METHOD_ROWS,
+    "web/docs/SafetyExpertsMerge.md": _METHOD_ROWS,
+    "web/docs/SafetyExpertsRecipe.md": [
+        f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()
     ],
-    "SafetyExpertsRecipe": [f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()],
 }
 
 
@@ -26,17 +30,21 @@ def test_every_node_has_a_help_page_and_every_page_a_node():
 
 @pytest.mark.parametrize("page", ROWS)
 def test_a_help_page_explains_every_option(page):
-    lines = (PAGES / f"{page}.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
 
     assert [line for line in lines if line.startswith("| `")] == ROWS[page], f"run python {Path(__file__).name}"
 
 
 def _rewrite(page: str) -> None:
-    path = PAGES / f"{page}.md"
+    path = ROOT / page
     text = path.read_text(encoding="utf-8")
-    before, rule, rest = text.partition(re.findall(r"\| --- .*\n", text)[0])
-    after = "".join(line for line in rest.splitlines(keepends=True) if not line.startswith("| `"))
-    path.write_text(before + rule + "\n".join(ROWS[page]) + "\n" + after, encoding="utf-8")
+    marker = "\0"  # where the first row stands, or the end of a table without rows
+    lines = [marker if line.startswith("| `") else line for line in text.splitlines()]
+    if marker not in lines:
+        lines.insert(1 + max(i for i, line in enumerate(lines) if line.startswith("| ---")), marker)
+    first = lines.index(marker)
+    rest = [line for line in lines[first:] if line != marker]
+    path.write_text("\n".join([*lines[:first], *ROWS[page], *rest]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

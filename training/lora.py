@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,8 @@ def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
     from peft import LoraConfig, inject_adapter_in_model  # peft takes seconds to import
 
     unet.requires_grad_(False)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=_TARGETS[recipe.targets])
+    alpha: Any = recipe.lora_alpha  # peft's annotation says int; it computes with floats
+    config = LoraConfig(r=recipe.rank, lora_alpha=alpha, target_modules=_TARGETS[recipe.targets])
     inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     generator = seeded_generator(recipe.seed, "lora")
     for _, module in lora_modules(unet):
@@ -44,7 +46,7 @@ def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
         up.data = torch.zeros(up.shape, device=up.device)
 
 
-def lora_modules(unet: nn.Module) -> list[tuple[str, nn.Module]]:
+def lora_modules(unet: nn.Module) -> list[tuple[str, Any]]:
     """Return (diffusers module path, peft layer) of every layer that carries the LoRA, in module order."""
     return [(name, module) for name, module in unet.named_modules() if ADAPTER in getattr(module, "lora_A", {})]
 

@@ -81,7 +81,8 @@ class TrainingRun:
         Raises:
             SafetyExpertsError: the loss is not finite; the weights are those of the step before.
         """
-        recipe, totals = self.recipe, {}
+        recipe = self.recipe
+        totals: dict[str, float] = {}
         for micro in range(recipe.accumulation_steps):
             if should_stop():
                 self.optimizer.zero_grad(set_to_none=True)
@@ -105,8 +106,8 @@ class TrainingRun:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        for name, value in self.parameters.items():
-            self.average[name].lerp_(value.detach(), 1 - recipe.ema_decay)
+        for name, parameter in self.parameters.items():
+            self.average[name].lerp_(parameter.detach(), 1 - recipe.ema_decay)
         self.records.append(totals)
         if self.held_out and (self.step % recipe.evaluate_steps == 0 or self.step == recipe.steps):
             totals |= self._measure(self.held_out)

@@ -45,13 +45,8 @@ def batch_loss(
         reference = denoiser.predict(noisy, t, conditions)
     policy = denoiser.predict(noisy, t, conditions)
 
-    predictions = PairPredictions(
-        *policy[: 2 * size].split(size),
-        *reference[: 2 * size].split(size),
-        *target[: 2 * size].split(size),
-        chosen_unsafe=batch.chosen_unsafe.to(device),
-        rejected_unsafe=batch.rejected_unsafe.to(device),
-    )
+    pairs = [*policy.split(size)[:2], *reference.split(size)[:2], *target.split(size)[:2]]
+    predictions = PairPredictions(*pairs, batch.chosen_unsafe.to(device), batch.rejected_unsafe.to(device))
     if recipe.winner_preserving is not None:
         predictions = preserve_winner(predictions, recipe.winner_preserving)
     options = ObjectiveOptions(**{item.name: getattr(recipe, item.name) for item in fields(ObjectiveOptions)})

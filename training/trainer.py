@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     if device.type == "cpu":
         # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
         return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
     return torch.float32
 
@@ -118,7 +119,9 @@ def train_expert(
     info = _describe(checkpoint, dataset, pairs, recipe, category)
 
     # A CPU keeps float32 weights and lets autocast convert them; elsewhere they would only take memory.
-    unet = checkpoint.load_unet(dtype=torch.float32 if target_device.type == "cpu" else dtype, device=target_device)
+    unet: Any = checkpoint.load_unet(
+        dtype=torch.float32 if target_device.type == "cpu" else dtype, device=target_device
+    )
     attach_lora(unet, recipe)
     if recipe.gradient_checkpointing:
         unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
