@@ -1,7 +1,8 @@
 """Trains the toy model from scratch on rendered scenes: `python -m safety_experts.demo.train_toy --out FOLDER`.
 
 Not needed to use the pack: the result is shipped as `toy_weights.safetensors`. Stages whose file is already in FOLDER
-are skipped, so an interrupted training goes on where a stage ended.
+are skipped, so an interrupted training goes on where a stage ended. About half an hour on two idle cores. The metadata
+of the shipped file says how it was made.
 """
 
 import argparse
@@ -152,13 +153,16 @@ def describe_scenes(scenes: Scenes) -> tuple[list[str], list[list[int]]]:
     return prompts, [rows[label] for label in scenes.labels]
 
 
-def save_weights(unet: Mapping[str, torch.Tensor], autoencoder: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write the file that the pack ships."""
+def save_weights(
+    unet: Mapping[str, torch.Tensor], autoencoder: Mapping[str, torch.Tensor], recipe: str, path: Path
+) -> None:
+    """Write the file that the pack ships, with a sentence on how it was trained."""
     trained = {name: weight for name, weight in unet.items() if not name.startswith(FROZEN_PREFIX)}
     parts = {"unet": (trained, UNET_ROUNDING), "autoencoder": (autoencoder, AUTOENCODER_ROUNDING)}
     save_packed(path, parts, {})
     rounded, _ = load_packed(path)
-    save_packed(path, parts, {DIGEST_KEY: digest_of(assemble(rounded["unet"], rounded["autoencoder"]))})
+    digest = digest_of(assemble(rounded["unet"], rounded["autoencoder"]))
+    save_packed(path, parts, {DIGEST_KEY: digest, "recipe": recipe})
 
 
 # diffusers takes seconds to import, so only the functions that need it do it.
@@ -171,7 +175,7 @@ def _new_autoencoder() -> Any:
 def _new_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(**unet_config(LAYOUT))
+    unet: Any = UNet2DConditionModel(**unet_config(LAYOUT))
     unet.load_state_dict(seeded_time_embedding(), strict=False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(not name.startswith(FROZEN_PREFIX))
@@ -214,8 +218,9 @@ def _progress(title: str, steps: int) -> Callable[[int, float], None]:
 
 def _load_or_make(path: Path, make: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
     if not path.exists():
+        weights = {name: tensor.contiguous() for name, tensor in make().state_dict().items()}
         with write_atomically(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in make().state_dict().items()}, temporary)
+            save_file(weights, temporary)
     return load_file(path)
 
 
@@ -244,7 +249,11 @@ def main() -> None:
 
     autoencoder = _load_or_make(out / "autoencoder.safetensors", make_autoencoder)
     unet = _load_or_make(out / "unet.safetensors", make_unet)
-    save_weights(unet, autoencoder, out / WEIGHTS_PATH.name)
+    recipe = (
+        f"scenes and draws of seed {SEED}; autoencoder {AUTOENCODER_STEPS} steps of {AUTOENCODER_BATCH} images; "
+        f"UNet {UNET_STEPS} steps of {UNET_BATCH}, average {EMA_DECAY}"
+    )
+    save_weights(unet, autoencoder, recipe, out / WEIGHTS_PATH.name)
 
 
 if __name__ == "__main__":
