@@ -93,7 +93,7 @@ def write_demo_report(out: Path, result: DemoResult) -> tuple[Path, list[Check]]
             model: {group: measured.to_json() for group, measured in groups.items()}
             for model, groups in result.measurements.items()
         },
-        "experts": {model: str(path.relative_to(out)) for model, path in result.experts.items()},
+        "experts": {model: path.relative_to(out.resolve()).as_posix() for model, path in result.experts.items()},
     }
     page, _ = write_report(out, report, numbers)
     return page, checks

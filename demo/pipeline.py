@@ -73,7 +73,7 @@ def run_pipeline(
         InputError: `out` is a folder of something else.
         SafetyExpertsError: ComfyUI did not start, or a workflow failed; the message is the node's.
     """
-    base = _fresh_folder(out) / "comfyui"
+    base = _fresh_folder(out.resolve()) / "comfyui"
     result = DemoResult(categories)
     with ComfyServer(base) as server:
         checkpoint = server.add_model(ensure_toy_checkpoint())
