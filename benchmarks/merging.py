@@ -1,5 +1,6 @@
 """Seven SDXL-shaped rank-16 experts: our merges against a dense full-SVD replica of kohya's and against peft itself.
 
+Compared are CPU seconds on one thread, which a busy machine hardly changes; wall time stands beside them.
 Every case is a fresh process, for its peak memory. Cases that form ΔW take one layer of each shape, multiplied by how
 often SDXL has it: dense SVDs of all of them take most of an hour.
 """
@@ -27,16 +28,15 @@ NUM_EXPERTS, RANK, MERGED_RANK = 7, 16, 32
 NUM_BLOCKS = {640: 10, 1280: 60}  # transformer blocks of SDXL's UNet by width
 CONTEXT = 2048
 DENSE_METHODS = ("ties", "dare", "dare-ties", "della", "breadcrumbs", "magnitude-prune")  # they form ΔW
-PEFT_CASES = {"svd": "svd", "ties_svd": "ties", "dare_linear_svd": "dare"}
+PEFT_COMBINATIONS = ("svd", "ties_svd", "dare_linear_svd")
 
 
 def main() -> None:
     """Run every case, or the one named by --probe, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--probe", nargs=2, metavar=("CASE", "FOLDER"), help="run one case and print JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     if arguments.probe:
         print(json.dumps(probe(*arguments.probe)))
         return
@@ -45,22 +45,22 @@ def main() -> None:
             save_expert(make_expert(number), Path(folder) / f"expert_{number}.safetensors")
         cases = {}
         for case in [*(f"ours {name}" for name in METHODS if name != "slerp"), "dense", "peft"]:
-            command = [sys.executable, __file__, "--threads", str(arguments.threads), "--probe", case, folder]
+            command = [sys.executable, __file__, "--probe", case, folder]
             cases[case] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             print(case, cases[case], flush=True)
-    dense_seconds = cases["dense"]["seconds"]
+    dense_seconds, linear_seconds = cases["dense"]["cpu_seconds"], cases["ours linear"]["cpu_seconds"]
     result = {
         "claims": {
-            "linear_times_faster_than_dense": round(dense_seconds / cases["ours linear"]["seconds"]),
-            "svd_times_faster_than_dense": round(dense_seconds / cases["ours svd"]["seconds"]),
+            "linear_times_faster_than_dense": round(dense_seconds / linear_seconds),
+            "svd_times_faster_than_dense": round(dense_seconds / cases["ours svd"]["cpu_seconds"]),
             "svd_relative_error_against_true_truncation": cases["dense"]["our_relative_error"],
-            "co_merge_time_of_linear": round(cases["ours co-merge"]["seconds"] / cases["ours linear"]["seconds"], 2),
+            "co_merge_time_of_linear": round(cases["ours co-merge"]["cpu_seconds"] / linear_seconds, 2),
             "peak_memory_gb": {case: cases[f"ours {case}"]["peak_memory_gb"] for case in ("linear", "svd", "co-merge")},
         },
         "setting": f"{NUM_EXPERTS} experts of rank {RANK} on SDXL's {num_layers()} attention layers, float32, merged "
         f"at rank {MERGED_RANK} where ranks do not add up",
         "cases": cases,
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores, {arguments.threads} threads",
+        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
         "load_average_at_the_end": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
@@ -120,40 +120,58 @@ def probe(case: str, folder: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     counts = {name: torch.randint(0, 4096, (len(experts), out), generator=generator) for name, out in rows.items()}
     if method in DENSE_METHODS:
-        experts = [
-            Expert({name: expert.layers[name] for name, _ in one_of_each_shape().values()}) for expert in experts
-        ]
         return dense_method_case(experts, method)
-    wall, cpu = time.perf_counter(), time.process_time()
-    merge_experts(experts, method, parameters={"rank": MERGED_RANK} if "rank" in known else {}, statistics=counts)
-    return {
-        "seconds": round(time.perf_counter() - wall, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
+    clock = Clock()
+    with clock:
+        merge_experts(experts, method, parameters={"rank": MERGED_RANK} if "rank" in known else {}, statistics=counts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**clock.result(), "peak_memory_gb": round(peak, 2)}
+
+
+class Clock:
+    """Adds up wall and CPU seconds spent inside, each stretch times `count`."""
+
+    def __init__(self):
+        self.seconds = self.cpu_seconds = 0.0
+        self.count = 1
+
+    def times(self, count: int) -> "Clock":
+        self.count = count
+        return self
+
+    def __enter__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_) -> None:
+        self.seconds += self.count * (time.perf_counter() - self._wall)
+        self.cpu_seconds += self.count * (time.process_time() - self._cpu)
+
+    def result(self) -> dict:
+        return {"cpu_seconds": round(self.cpu_seconds, 2), "seconds": round(self.seconds, 2)}
 
 
 def dense_method_case(experts: list[Expert], method: str) -> dict:
-    seconds = 0.0
+    """One of our methods that form ΔW."""
+    clock = Clock()
     for name, count in one_of_each_shape().values():
         alone = [Expert({name: expert.layers[name]}) for expert in experts]
-        start = time.perf_counter()
-        merge_experts(alone, method, parameters={"rank": MERGED_RANK})
-        seconds += count * (time.perf_counter() - start)
-    return {"seconds": round(seconds, 1), "extrapolated_from_layers": len(one_of_each_shape())}
+        with clock.times(count):
+            merge_experts(alone, method, parameters={"rank": MERGED_RANK})
+    return {**clock.result(), "extrapolated_from_layers": len(one_of_each_shape())}
 
 
 def dense_case(experts: list[Expert]) -> dict:
     """What kohya's svd_merge_lora computes: ΔW in full, its full SVD, the head clamped at the 99th percentile."""
-    seconds, error, clamped_error = 0.0, 0.0, 0.0
+    clock, error, clamped_error = Clock(), 0.0, 0.0
     for name, count in one_of_each_shape().values():
-        start = time.perf_counter()
-        weight = sum(layer.up @ layer.down * (layer.alpha / layer.rank) for layer in (e.layers[name] for e in experts))
-        u, s, vh = torch.linalg.svd(weight)
-        up, down = u[:, :MERGED_RANK] @ torch.diag(s[:MERGED_RANK]), vh[:MERGED_RANK]
-        limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)
-        clamped = up.clamp(-limit, limit) @ down.clamp(-limit, limit)
-        seconds += count * (time.perf_counter() - start)
+        with clock.times(count):
+            layers = [expert.layers[name] for expert in experts]
+            weight = sum(layer.up @ layer.down * (layer.alpha / layer.rank) for layer in layers)
+            u, s, vh = torch.linalg.svd(weight)
+            up, down = u[:, :MERGED_RANK] @ torch.diag(s[:MERGED_RANK]), vh[:MERGED_RANK]
+            limit = torch.cat([up.flatten(), down.flatten()]).quantile(0.99)
+            up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
+        clamped = up @ down
 
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         best = (u[:, :MERGED_RANK] * s[:MERGED_RANK]) @ vh[:MERGED_RANK]
@@ -162,7 +180,7 @@ def dense_case(experts: list[Expert]) -> dict:
         error = max(error, float((ours - best).norm() / best.norm()))
         clamped_error = max(clamped_error, float((clamped - best).norm() / best.norm()))
     return {
-        "seconds": round(seconds, 1),
+        **clock.result(),
         "our_relative_error": float(f"{error:.2g}"),
         "clamped_relative_error": float(f"{clamped_error:.2g}"),
         "extrapolated_from_layers": len(one_of_each_shape()),
@@ -170,36 +188,27 @@ def dense_case(experts: list[Expert]) -> dict:
 
 
 def peft_case(experts: list[Expert]) -> dict:
-    """peft's add_weighted_adapter by combination type, and how far ours is from it where both compute the same."""
+    """peft's add_weighted_adapter, by combination type."""
     from peft import LoraConfig, get_peft_model
 
-    result = {}
-    seconds = dict.fromkeys(PEFT_CASES, 0.0)
-    for (out, inner), (name, count) in one_of_each_shape().items():
-        model = torch.nn.Sequential(torch.nn.Linear(inner, out, bias=False))
+    clocks = {combination: Clock() for combination in PEFT_COMBINATIONS}
+    names = [str(number) for number in range(len(experts))]
+    for (out, inner), (layer_name, count) in one_of_each_shape().items():
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
-        adapted = get_peft_model(model, config, adapter_name="0")
-        for number, expert in enumerate(experts):
-            if number:
-                adapted.add_adapter(str(number), config)
-            layer = adapted.base_model.model[0]
-            layer.lora_A[str(number)].weight.data = expert.layers[name].down
-            layer.lora_B[str(number)].weight.data = expert.layers[name].up
-        for combination in PEFT_CASES:
+        model = torch.nn.Sequential(torch.nn.Linear(inner, out, bias=False))
+        adapted = get_peft_model(model, config, adapter_name=names[0])
+        for name, expert in zip(names, experts, strict=True):
+            if name != names[0]:
+                adapted.add_adapter(name, config)
+            adapted.base_model.model[0].lora_A[name].weight.data = expert.layers[layer_name].down
+            adapted.base_model.model[0].lora_B[name].weight.data = expert.layers[layer_name].up
+        for combination, clock in clocks.items():
             density = {} if combination == "svd" else {"density": 0.5}
-            start = time.perf_counter()
-            adapted.add_weighted_adapter(
-                [str(number) for number in range(len(experts))],
-                [1.0] * len(experts),
-                combination,
-                combination_type=combination,
-                svd_rank=MERGED_RANK,
-                **density,
-            )
-            seconds[combination] += count * (time.perf_counter() - start)
-    result["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    result["extrapolated_from_layers"] = len(one_of_each_shape())
-    return result
+            options = {"combination_type": combination, "svd_rank": MERGED_RANK, **density}
+            with clock.times(count):
+                adapted.add_weighted_adapter(names, [1.0] * len(names), combination, **options)
+    results = {combination: clock.result() for combination, clock in clocks.items()}
+    return {**results, "extrapolated_from_layers": len(one_of_each_shape())}
 
 
 if __name__ == "__main__":
