@@ -10,7 +10,9 @@ from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
 
 TEXT = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("red", "green", "blue", "yellow"))
-OVERRIDES = "batch_size=2  # of 4 pairs\nanchor_weight=0\nsft_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
+OVERRIDES = (
+    "batch_size=2  # of 4 pairs\nanchor_weight=0\nsft_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
+)
 
 
 @pytest.fixture(scope="session")
