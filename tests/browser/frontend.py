@@ -26,7 +26,9 @@ _ARRANGE = """() => {
       node.setSize([Math.max(width, isText ? 380 : 260), Math.max(height, isText ? 150 : 60)]);
       node.pos = [x, y];
       for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
-      y += node.size[1] + 70;
+      // Room for the pictures that these show once they ran.
+      const pictures = /^(PreviewImage|SaveImage|LossGraphNode|SafetyExpertsGeneratePairs|SafetyExpertsTrain)$/;
+      y += node.size[1] + (pictures.test(node.type) ? 300 : 70);
     }
     x += Math.max(...column.map(node => node.size[0])) + 70;
   }
