@@ -30,11 +30,11 @@ def _degrade(image, seed):
 def test_at_least_99_percent_of_renders_are_read_right(degrade):
     wrong = [
         (label, reading)
-        for index, ((colour, shape, mark), image) in enumerate(_scenes(400, seed=1000))
+        for index, ((colour, shape, mark), image) in enumerate(_scenes(200, seed=1000))
         if (reading := read_image(degrade(image, index))) != Reading(mark, colour, shape)
         for label in [(colour, shape, mark)]
     ]
-    assert len(wrong) <= 4, wrong
+    assert len(wrong) <= 2, wrong
 
 
 def test_every_mark_on_every_shape_is_read():

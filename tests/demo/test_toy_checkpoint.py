@@ -8,7 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safety_experts.demo import toy_checkpoint, world
 from safety_experts.demo.oracle import Reading, read_image
-from safety_experts.demo.toy_model import seeded_text_model
 from safety_experts.training.checkpoint import load_checkpoint
 
 
@@ -21,11 +20,12 @@ def test_the_shipped_weights_stay_small():
     assert toy_checkpoint.WEIGHTS_PATH.stat().st_size <= 12_000_000
 
 
-def test_untrained_weights_are_the_same_everywhere():
+def test_untrained_weights_are_the_same_everywhere(checkpoint_path):
     # Worked by hand: PCG64's first raw draws as 16-bit numbers, scaled to a deviation of 0.02.
     raw = np.random.PCG64(1).random_raw(1).astype("<u8").view("<u2")
     expected = ((raw - 32767.5) * (0.02 * 12**0.5 / 65536)).astype(np.float16)
-    embedding = seeded_text_model()["text_model.embeddings.token_embedding.weight"]
+    with safe_open(checkpoint_path, "pt") as file:
+        embedding = file.get_tensor("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight")
     assert embedding.flatten()[:4].tolist() == expected.tolist()
     assert embedding.float().std().item() == pytest.approx(0.02, rel=1e-3)
 
