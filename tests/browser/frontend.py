@@ -103,6 +103,6 @@ def open_frontend(url: str) -> Iterator[Frontend]:
             args=["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"],
         )
         try:
-            yield Frontend(browser.new_page(viewport={"width": 1600, "height": 900}), url)
+            yield Frontend(browser.new_page(viewport={"width": 2100, "height": 1180}), url)
         finally:
             browser.close()
