@@ -45,8 +45,19 @@ def batch_loss(
         reference = denoiser.predict(noisy, t, conditions)
     policy = denoiser.predict(noisy, t, conditions)
 
-    pairs = [*policy.split(size)[:2], *reference.split(size)[:2], *target.split(size)[:2]]
-    predictions = PairPredictions(*pairs, batch.chosen_unsafe.to(device), batch.rejected_unsafe.to(device))
+    policy_chosen, policy_rejected = policy.split(size)[:2]
+    reference_chosen, reference_rejected = reference.split(size)[:2]
+    target_chosen, target_rejected = target.split(size)[:2]
+    predictions = PairPredictions(
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        target_chosen,
+        target_rejected,
+        chosen_unsafe=batch.chosen_unsafe.to(device),
+        rejected_unsafe=batch.rejected_unsafe.to(device),
+    )
     if recipe.winner_preserving is not None:
         predictions = preserve_winner(predictions, recipe.winner_preserving)
     options = ObjectiveOptions(**{item.name: getattr(recipe, item.name) for item in fields(ObjectiveOptions)})
