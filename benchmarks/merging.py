@@ -6,11 +6,8 @@ often SDXL has it: dense SVDs of all of them take most of an hour.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from safety_experts.evaluation.machine import describe_machine
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.merging import METHODS, merge_experts
@@ -60,13 +58,8 @@ def main() -> None:
         "setting": f"{NUM_EXPERTS} experts of rank {RANK} on SDXL's {num_layers()} attention layers, float32, merged "
         f"at rank {MERGED_RANK} where ranks do not add up",
         "cases": cases,
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
         "load_average_at_the_end": round(os.getloadavg()[0], 2),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("safety-experts", "torch", "peft")},
-        },
-        "date": datetime.date.today().isoformat(),
+        **describe_machine("peft"),
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,131 @@
+"""The toy model in this process, without ComfyUI: thousands of small pictures for experiments and benchmarks.
+
+Sampled by diffusers' DPM-Solver++ (2M) on Karras noise levels with the settings of `toy_checkpoint`, which is what
+KSampler's `dpmpp_2m` and `karras` do; starting noise differs from ComfyUI's.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..experts.expert import Expert
+from ..experts.keys import kohya_name
+from ..preferences.dataset import DatasetInfo, PreferenceDataset
+from ..preferences.taxonomy import expand_taxonomy
+from ..training.checkpoint import load_checkpoint
+from ..training.denoiser import UNetDenoiser
+from .comfyui import find_comfyui
+from .oracle import Reading, read_image
+from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
+from .world import MARKS, SIZE_PX, taxonomy
+
+IMAGES_PER_PASS = 32
+
+
+class ToySampler:
+    """Draws prompts with the toy model, alone or with an expert.
+
+    Attributes:
+        checkpoint_path: of the toy checkpoint.
+        tokenizer_folder: ComfyUI's, for training on that checkpoint.
+        unet: diffusers' UNet, float32; as it was after every call.
+    """
+
+    def __init__(self) -> None:
+        self.checkpoint_path = ensure_toy_checkpoint()
+        self.tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
+        checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
+        self.unet = checkpoint.load_unet()
+        self._denoiser = UNetDenoiser(self.unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, torch.bfloat16)
+        self._vae = checkpoint.load_vae()
+        self._text_encoder = checkpoint.load_text_encoder()
+        self._hidden_states: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], expert: Expert | None = None) -> list[Image.Image]:
+        """Return one RGB image of `SIZE_PX` squared a prompt; image i starts from the noise of seed i.
+
+        Args:
+            expert: applied at strength 1; `experts.blocks.scale_categories` or `scaled` give other strengths.
+
+        Raises:
+            InputError: the expert belongs to another model.
+        """
+        images: list[Image.Image] = []
+        with _weights_with(self.unet, expert):
+            for start in range(0, len(prompts), IMAGES_PER_PASS):
+                group = slice(start, start + IMAGES_PER_PASS)
+                images += self._draw_group(prompts[group], seeds[group])
+        return images
+
+    def read(self, prompts: Sequence[str], seeds: Sequence[int], expert: Expert | None = None) -> list[Reading]:
+        """Return what the oracle sees in the images that `draw` gives."""
+        return [read_image(image) for image in self.draw(prompts, seeds, expert)]
+
+    def _draw_group(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
+        )
+        scheduler.set_timesteps(STEPS)
+        side = SIZE_PX // 8
+        noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        latents = torch.stack(noise)
+        hidden_states = torch.cat([self._encode(prompts), self._encode([""] * len(prompts))])
+        for timestep in scheduler.timesteps:
+            both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+            predicted = self._denoiser.predict(both, timestep.expand(len(both)), {"hidden_states": hidden_states})
+            conditional, unconditional = predicted.chunk(2)
+            guided = unconditional + CFG * (conditional - unconditional)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+        pixels = (self._vae.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
+
+    def _encode(self, prompts: Sequence[str]) -> Tensor:
+        if new := sorted(set(prompts) - set(self._hidden_states)):
+            encoded = self._text_encoder.encode_prompts(new)["hidden_states"]
+            self._hidden_states.update(zip(new, encoded, strict=True))
+        return torch.stack([self._hidden_states[prompt] for prompt in prompts])
+
+    def build_dataset(self, folder: Path, pairs_per_category: int, categories: Sequence[str] = tuple(MARKS)):
+        """Return the preference dataset in `folder`, drawn here: one seed a pair, unsafe prompt against safe prompt.
+
+        Pairs that are already there are kept, so an interrupted call goes on.
+        """
+        checkpoint = load_checkpoint(self.checkpoint_path)
+        base = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
+        dataset = PreferenceDataset.create(folder, DatasetInfo(base, {"steps": STEPS, "cfg": CFG}, "toy world", ""))
+        prompt_pairs = expand_taxonomy(taxonomy(list(categories), pairs_per_category))
+        missing = [pair for pair in prompt_pairs if pair.id not in dataset.ids]
+        for start in range(0, len(missing), IMAGES_PER_PASS):
+            group = missing[start : start + IMAGES_PER_PASS]
+            seeds = [pair.seed for pair in group]
+            rejected = self.draw([pair.prompt for pair in group], seeds)
+            chosen = self.draw([pair.safe_prompt for pair in group], seeds)
+            for pair, safe_image, unsafe_image in zip(group, chosen, rejected, strict=True):
+                dataset.add(pair, safe_image, unsafe_image)
+        return dataset
+
+
+@contextlib.contextmanager
+def _weights_with(unet: nn.Module, expert: Expert | None) -> Iterator[None]:
+    """Inside, the UNet's weights carry the expert; afterwards they are the very tensors they were."""
+    layers: Mapping = expert.layers if expert else {}
+    modules = {kohya_name(path): module for path, module in unet.named_modules()}
+    if unknown := [name for name in layers if name not in modules]:
+        raise InputError(f"layer {unknown[0]} is not in the toy model; draw with an expert that was trained on it")
+    before = {name: modules[name].weight.data for name in layers}
+    try:
+        for name, layer in layers.items():
+            modules[name].weight.data = before[name] + layer.delta()
+        yield
+    finally:
+        for name, weight in before.items():
+            modules[name].weight.data = weight
