@@ -36,7 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"merged by: {method}{f' ({settings})' if settings else ''}")
         for parent in facts["parents"]:
             sha = parent["sha256"] or parent["tensors_sha256"]
-            print(f"  {parent['weight']:g} x {parent['name']} [{', '.join(parent['categories'])}] {sha[:12]}")
+            weight = f"{parent['weight']:g} x " if "weight" in parent else ""  # protection has none
+            print(f"  {weight}{parent['name']} [{', '.join(parent['categories'])}] {sha[:12]}")
     if origin := facts.get("extracted"):
         print(f"extracted: {origin['tuned']} minus {origin['base']}")
     if retained := facts.get("retained_energy"):

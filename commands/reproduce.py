@@ -12,7 +12,7 @@ _TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="MERGED", help="a file that `merge` wrote")
+    parser.add_argument("file", metavar="MERGED", help="a file that `merge` or `protect` wrote")
     parser.add_argument("parents", nargs="*", metavar="EXPERT", help="its parents, where they are not beside it")
     parser.add_argument("--statistics", metavar="FILE", help="the activation counts that it was merged by")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -13,6 +13,8 @@ from .co_merge import load_statistics
 from .expert import Expert
 from .expert_file import load_expert
 from .merging import merge_experts, statistics_sha256
+from .protection import METHOD as PROTECT
+from .protection import protect
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ def reproduce_merge(
     parents: Sequence[str | os.PathLike] = (),
     statistics_path: str | os.PathLike | None = None,
 ) -> Reproduction:
-    """Merge again what a file says it was merged from, and compare.
+    """Merge (or protect) again what a file says it was made from, and compare.
 
     Args:
-        path: the merged expert.
+        path: the merged expert or protected style.
         parents: files of its parents in any order; those not given are looked for beside it by name.
         statistics_path: the activation counts, for methods that need them.
 
@@ -51,13 +53,16 @@ def reproduce_merge(
         statistics = load_statistics(statistics_path, experts)
         if statistics_sha256(statistics) != info["statistics_sha256"]:
             raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
-    again = merge_experts(
-        experts,
-        info["method"],
-        weights=[parent["weight"] for parent in info["parents"]],
-        parameters=info["parameters"],
-        statistics=statistics,
-    )
+    if info["method"] == PROTECT:
+        again = protect(experts[0], experts[1:], **info["parameters"])
+    else:
+        again = merge_experts(
+            experts,
+            info["method"],
+            weights=[parent["weight"] for parent in info["parents"]],
+            parameters=info["parameters"],
+            statistics=statistics,
+        )
     if strengths := info.get("category_strengths"):
         again = scale_categories(again, strengths)
     return _compare(recorded, again)

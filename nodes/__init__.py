@@ -6,6 +6,7 @@ from .applying import SafetyExpertsApply
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
+from .protection import SafetyExpertsProtect
 from .training import SafetyExpertsRecipe, SafetyExpertsTrain
 
 
@@ -22,6 +23,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsTrain,
             SafetyExpertsLoad,
             SafetyExpertsMerge,
+            SafetyExpertsProtect,
             SafetyExpertsApply,
             SafetyExpertsSave,
         ]
