@@ -10,6 +10,7 @@ import torch
 from ..errors import SafetyExpertsError
 from ..files import sha256_of_file
 from .expert import FORMAT_VERSION, METADATA_KEY, Expert
+from .keys import spell_for_loaders
 from .tensor_file import read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ def save_expert(expert: Expert, path: str | os.PathLike) -> None:
                 f"{path} was not written: layer {name} holds NaN or infinite numbers; "
                 "train again with a lower learning rate or in fp32"
             )
-    write_tensors(path, expert.state_dict(), expert_metadata(expert))
+    tensors = {spell_for_loaders(key): tensor for key, tensor in expert.state_dict().items()}
+    write_tensors(path, tensors, expert_metadata(expert))
 
 
 def load_expert(path: str | os.PathLike) -> Expert:

@@ -69,6 +69,17 @@ def kohya_name(module_path: str, prefix: str = UNET_PREFIX) -> str:
     return f"{prefix}_{module_path.replace('.', '_')}"
 
 
+def spell_for_loaders(key: str) -> str:
+    """Return a kohya key as it is written: SDXL's vector embedding under its native name, as kohya does.
+
+    Diffusers' converter cuts the number off `add_embedding_linear_1` and then ignores the layer.
+    """
+    for native, diffusers in _NATIVE_OTHER.items():
+        if native.startswith("label_emb"):
+            key = key.replace(f"{UNET_PREFIX}_{diffusers}.", f"{UNET_PREFIX}_{native}.")
+    return key
+
+
 def layer_name(path: str, two_encoders: bool = False) -> str | None:
     """Return the kohya name of a layer under any known spelling of its path (a key without its last part).
 

@@ -122,3 +122,11 @@ def test_repr_is_short_and_shows_no_numbers(make_expert):
     expert = make_expert()
     assert repr(expert) == "Expert('expert_0', 3 layers, categories ['violence'])"
     assert "tensor" not in repr(next(iter(expert.layers.values())))
+
+
+def test_sdxl_vector_embedding_is_written_the_way_every_loader_reads_it(tmp_path):
+    layer = LoraLayer(torch.ones(2, 6), torch.ones(4, 2), 2.0)
+    expert = Expert({"lora_unet_add_embedding_linear_1": layer}, {}, "sdxl")
+    save_expert(expert, tmp_path / "sdxl.safetensors")
+    assert "lora_unet_label_emb_0_0.alpha" in load_file(tmp_path / "sdxl.safetensors")
+    assert load_expert(tmp_path / "sdxl.safetensors").tensors_sha256() == expert.tensors_sha256()
