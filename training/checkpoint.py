@@ -7,8 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
+from .denoiser import Denoiser, UNetDenoiser
 from .diffusers_folder import DiffusersFolder
-from .families import check_prediction_type
+from .families import FLOW, check_prediction_type
+from .flow import FlowError, FluxDenoiser, SD3Denoiser
 from .single_file import SingleFile
 from .text_encoders import TextEncoder
 from .vae import Vae
@@ -22,15 +25,17 @@ class Checkpoint(Protocol):
 
     Attributes:
         path: the file or folder.
-        family: "sd15" (all of SD1.x), "sd20" (SD2.x) or "sdxl".
-        prediction_type: what the UNet predicts, "epsilon" or "v_prediction".
-        alphas_cumprod: [1000] float32, the noise schedule.
+        family: "sd15" (all of SD1.x), "sd20" (SD2.x), "sdxl", "sd3" (with SD3.5) or "flux" (FLUX.1).
+        prediction_type: what the model predicts, "epsilon" or "v_prediction"; "flow" for SD3 and FLUX.
+        alphas_cumprod: [1000] float32, the noise schedule; empty for flow models.
+        shift: the noise schedule of flow models (see flow.py); 1 for others.
     """
 
     path: Path
     family: str
     prediction_type: str
     alphas_cumprod: Tensor
+    shift: float
 
     @property
     def name(self) -> str:
@@ -41,7 +46,7 @@ class Checkpoint(Protocol):
         """Hex digest of the weights; computed once for files that stay the same."""
 
     def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
-        """Load the UNet as a diffusers UNet2DConditionModel."""
+        """Load the UNet or transformer as diffusers' UNet2DConditionModel, SD3- or FluxTransformer2DModel."""
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
         """Load the text encoders and their tokenizer.
@@ -51,7 +56,7 @@ class Checkpoint(Protocol):
         """
 
     def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Vae:
-        """Load the VAE, in float32 where float16 is asked for (which Stable Diffusion's VAE overflows).
+        """Load the VAE, in float32 where float16 is asked for (which the VAEs overflow).
 
         Raises:
             InputError: the checkpoint holds none.
@@ -69,8 +74,8 @@ def load_checkpoint(
     Args:
         path: a `.safetensors` file as ComfyUI's CheckpointLoaderSimple takes it, or a diffusers folder.
         tokenizer_folder: where CLIP's tokenizer lies; None looks in the diffusers folder, in ComfyUI, then in the
-            Hugging Face cache.
-        prediction_type: "epsilon" or "v_prediction"; None infers it as ComfyUI does.
+            Hugging Face cache. T5's is looked for in the diffusers folder and in ComfyUI.
+        prediction_type: "epsilon" or "v_prediction" of a UNet; None infers it as ComfyUI does.
 
     Raises:
         InputError: no such file, a pickle, truncated, or of a family that cannot be trained.
@@ -78,6 +83,26 @@ def load_checkpoint(
     source = Path(path)
     opened: Checkpoint
     opened = DiffusersFolder(source, tokenizer_folder) if source.is_dir() else SingleFile(source, tokenizer_folder)
+    if prediction_type is not None and opened.prediction_type == FLOW:
+        raise InputError(f"{source} predicts a flow's velocity: leave prediction_type out")
     if prediction_type is not None:
         opened.prediction_type = check_prediction_type(prediction_type, "prediction_type")
     return opened
+
+
+def make_denoiser(
+    checkpoint: Checkpoint,
+    unet: nn.Module,
+    autocast_dtype: torch.dtype | None = None,
+    flow_error: FlowError = "velocity",
+) -> Denoiser:
+    """Return the denoiser of the checkpoint's family over its `unet`.
+
+    Args:
+        autocast_dtype: compute dtype, or None to compute in the weights' own.
+        flow_error: what SD3 and FLUX compare (see flow.py).
+    """
+    if checkpoint.prediction_type != FLOW:
+        return UNetDenoiser(unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, autocast_dtype)
+    denoiser_class = FluxDenoiser if checkpoint.family == "flux" else SD3Denoiser
+    return denoiser_class(unet, checkpoint.shift, autocast_dtype, flow_error)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ from torch import nn
 
 from ..errors import InputError
 from .clip_weights import ClipWeights
-from .families import check_prediction_type, find_family
+from .families import FLOW, TRAINABLE, check_prediction_type, find_family, find_transformer_family
+from .joint_text_encoders import T5Tower, join_text_encoder
 from .noise_schedule import BETAS_FIRST_LAST, NUM_TIMESTEPS, alphas_cumprod
 from .text_encoders import TextEncoder, load_tower
-from .tokenizer import load_tokenizer
+from .tokenizer import load_t5_tokenizer, load_tokenizer
 from .vae import Vae, vae_precision
 from .weights_file import WeightsFile, cached_sha256
 
-_PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+_PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+_TRANSFORMERS = {
+    "SD3Transformer2DModel": ("sd3", 1),
+    "FluxTransformer2DModel": ("flux", 4),
+}  # values in a patch channel
 
 
 class DiffusersFolder:
@@ -32,7 +38,14 @@ class DiffusersFolder:
         self.path = path
         bundled = path / "tokenizer"
         self._tokenizer_folder = tokenizer_folder or (bundled if bundled.is_dir() else None)
-        unet = self._read_json("unet/config.json")
+        if (path / "transformer").is_dir():
+            self._open_transformer()
+        else:
+            self._open_unet()
+        self.family = self._family.name
+
+    def _open_unet(self) -> None:
+        path, unet = self.path, self._read_json("unet/config.json")
         self._family = find_family(
             path,
             context_dim=unet.get("cross_attention_dim", 0),
@@ -40,7 +53,6 @@ class DiffusersFolder:
             vector_dim=unet.get("projection_class_embeddings_input_dim"),
             in_channels=unet.get("in_channels", 4),
         )
-        self.family = self._family.name
         scheduler = self._read_json("scheduler/scheduler_config.json")
         betas = [scheduler.get(key) for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")]
         if betas != [*BETAS_FIRST_LAST, "scaled_linear", NUM_TIMESTEPS]:
@@ -52,6 +64,21 @@ class DiffusersFolder:
             scheduler.get("prediction_type", "epsilon"), f"{path}/scheduler/scheduler_config.json: prediction_type"
         )
         self.alphas_cumprod = alphas_cumprod(zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")))
+        self.shift = 1.0
+
+    def _open_transformer(self) -> None:
+        self._transformer = self._read_json("transformer/config.json")
+        class_name = self._transformer.get("_class_name")
+        if class_name not in _TRANSFORMERS:
+            raise InputError(f"{self.path} holds a {class_name}: use {TRAINABLE}")
+        name, patch = _TRANSFORMERS[class_name]
+        self._family = find_transformer_family(self.path, name, self._transformer.get("in_channels", 16) // patch)
+        scheduler = self._read_json("scheduler/scheduler_config.json")
+        if scheduler.get("use_dynamic_shifting"):  # FLUX.1-dev: the shift at 1024 px, which ComfyUI takes for all sizes
+            self.shift = math.exp(scheduler.get("max_shift", 1.15))
+        else:
+            self.shift = float(scheduler.get("shift", 1.0))
+        self.prediction_type, self.alphas_cumprod = FLOW, torch.empty(0)
 
     def _read_json(self, relative: str) -> dict[str, Any]:
         try:
@@ -73,8 +100,12 @@ class DiffusersFolder:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
-        from diffusers import UNet2DConditionModel  # imported where needed: it takes seconds
+        # imported where needed: it takes seconds
+        from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+        if self._family.unet is None:
+            model_class = FluxTransformer2DModel if self.family == "flux" else SD3Transformer2DModel
+            return self._load(model_class, "transformer", dtype, device)
         return self._load(UNet2DConditionModel, "unet", dtype, device)
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
@@ -84,7 +115,17 @@ class DiffusersFolder:
             files = self._weight_files(part)
             weights = ClipWeights(WeightsFile(files[0]), "")
             towers.append(load_tower(weights, kind, tokenizer, dtype, device))
-        return TextEncoder(towers)
+        if not self._family.t5:
+            return TextEncoder(towers)
+        number, t5 = self._family.t5.number, None
+        if self._family.t5.required or (self.path / f"text_encoder_{number}").is_dir():
+            from transformers import T5EncoderModel
+
+            bundled = self.path / f"tokenizer_{number}"
+            t5_tokenizer = load_t5_tokenizer(bundled if bundled.is_dir() else None, self._tokenizer_folder)
+            model = self._load(T5EncoderModel, f"text_encoder_{number}", dtype, device)
+            t5 = T5Tower(model, t5_tokenizer, self._family.t5.num_tokens)
+        return join_text_encoder(towers, t5, self._transformer["joint_attention_dim"])
 
     def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Vae:
         from diffusers import AutoencoderKL, AutoencoderTiny
@@ -93,7 +134,7 @@ class DiffusersFolder:
             model = self._load(AutoencoderTiny, "vae", dtype, device)
         else:
             model = self._load(AutoencoderKL, "vae", vae_precision(dtype), device)
-        return Vae(model, model.config.scaling_factor)
+        return Vae(model, model.config.scaling_factor, shift=-(model.config.shift_factor or 0.0))
 
     def _weight_files(self, part: str) -> list[Path]:
         """Return a part's weight files, those without a variant in their name (`.fp16`) first."""
@@ -106,7 +147,7 @@ class DiffusersFolder:
         return files
 
     def _load(self, model_class: Any, part: str, dtype: torch.dtype, device: torch.device | str) -> Any:
-        has_variant = ".fp16" in self._weight_files(part)[0].suffixes
+        has_variant = ".fp16" in self._weight_files(part)[0].name  # of one file or of the first of several
         try:
             model = model_class.from_pretrained(
                 str(self.path),

@@ -1,9 +1,12 @@
-"""Prompts to conditions, as ComfyUI encodes an unweighted prompt: CLIP-L (SD1), OpenCLIP-H (SD2), L and G (SDXL)."""
+"""Prompts to conditions, as ComfyUI encodes an unweighted prompt: CLIP-L (SD1), OpenCLIP-H (SD2), L and G (SDXL).
+
+SD3 and FLUX, which have T5 too, follow in joint_text_encoders.py.
+"""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +32,16 @@ class ClipKind:
     """Apply the final layer norm to the output taken."""
     num_layers: int
     """Of the full model. A file with one layer less has left out the last one, which a penultimate kind never uses."""
-    pooled: bool = False
-    """It also gives a pooled embedding: the end token's output, projected."""
+    pooled: Literal["projected", "plain"] | None = None
+    """It also gives a pooled embedding: the end token's output behind the final norm, projected or as it is."""
 
 
 CLIP_L = ClipKind("quick_gelu", END_TOKEN, penultimate=False, final_norm=True, num_layers=12)
 CLIP_H = ClipKind("gelu", 0, penultimate=True, final_norm=True, num_layers=24)
 SDXL_CLIP_L = ClipKind("quick_gelu", END_TOKEN, penultimate=True, final_norm=False, num_layers=12)
-SDXL_CLIP_G = ClipKind("gelu", 0, penultimate=True, final_norm=False, num_layers=32, pooled=True)
+SDXL_CLIP_G = ClipKind("gelu", 0, penultimate=True, final_norm=False, num_layers=32, pooled="projected")
+SD3_CLIP_L = replace(SDXL_CLIP_L, pooled="plain")
+FLUX_CLIP_L = replace(CLIP_L, pooled="plain")
 
 
 class ClipTower:
@@ -67,7 +72,10 @@ class ClipTower:
         hidden = output.hidden_states[-2 if self.kind.penultimate and not is_cut else -1]
         if self.kind.final_norm:
             hidden = text_model.final_layer_norm(hidden)
-        return hidden.float(), output.text_embeds.float() if self.kind.pooled else None
+        if not self.kind.pooled:
+            return hidden.float(), None
+        pooled = output.text_embeds if self.kind.pooled == "projected" else output.pooler_output
+        return hidden.float(), pooled.float()
 
 
 class TextEncoder:
@@ -112,11 +120,11 @@ def load_tower(
         num_attention_heads=width // 64,
         max_position_embeddings=weights.shape("text_model.embeddings.position_embedding.weight")[0],
         hidden_act=kind.activation,
-        projection_dim=weights.shape("text_projection.weight")[0] if kind.pooled else width,
+        projection_dim=weights.shape("text_projection.weight")[0] if kind.pooled == "projected" else width,
         eos_token_id=END_TOKEN,
     )
     with torch.device("meta"):
-        model = (CLIPTextModelWithProjection if kind.pooled else CLIPTextModel)(config)
+        model = (CLIPTextModelWithProjection if kind.pooled == "projected" else CLIPTextModel)(config)
 
     def read(key: str) -> Tensor:  # transformers 5 dropped `text_model.` from the plain model's keys
         return weights.tensor(key if key.startswith("text_") else f"text_model.{key}")

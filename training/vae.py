@@ -12,12 +12,13 @@ from .weights_file import WeightsFile, fill
 class Vae:
     """An autoencoder together with the numbers between its latents and those of the UNet.
 
-    UNet latents = (encoder output / scale + shift) · scaling_factor; for an AutoencoderKL scale is 1 and shift 0.
+    UNet latents = (encoder output / scale + shift) · scaling_factor; for an AutoencoderKL scale is 1.
 
     Args:
         model: diffusers AutoencoderKL or AutoencoderTiny.
-        scaling_factor: of the model family (SD1 and SD2 0.18215, SDXL 0.13025).
-        scale, shift: TAESD's `vae_scale` and `vae_shift`, by which ComfyUI turns its output into VAE latents.
+        scaling_factor: of the model family (SD1 and SD2 0.18215, SDXL 0.13025, SD3 1.5305, FLUX 0.3611).
+        scale, shift: TAESD's `vae_scale` and `vae_shift`, by which ComfyUI turns its output into VAE latents; the
+            shift less that of the family (SD3 0.0609, FLUX 0.1159).
     """
 
     def __init__(self, model: Any, scaling_factor: float, scale: float = 1.0, shift: float = 0.0):
@@ -32,7 +33,7 @@ class Vae:
             generator: draw from the encoder's distribution; None takes its mode (TAESD has no distribution).
 
         Returns:
-            [b, 4, h/8, w/8] float32.
+            [b, c, h/8, w/8] float32.
         """
         pixels = images.to(self.model.device, self.model.dtype) * 2 - 1
         encoded = self.model.encode(pixels)
@@ -45,7 +46,7 @@ class Vae:
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return images [b, 3, h, w] float32 in [0, 1] from UNet latents [b, 4, h/8, w/8]."""
+        """Return images [b, 3, h, w] float32 in [0, 1] from UNet latents [b, c, h/8, w/8]."""
         raw = (latents.float() / self.scaling_factor - self.shift) * self.scale
         pixels = self.model.decode(raw.to(self.model.device, self.model.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
@@ -56,22 +57,29 @@ def has_vae(file: WeightsFile, prefix: str) -> bool:
 
 
 def load_vae(
-    file: WeightsFile, prefix: str, scaling_factor: float, dtype: torch.dtype, device: torch.device | str
+    file: WeightsFile,
+    prefix: str,
+    scaling_factor: float,
+    latent_shift: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Vae:
     """Load the VAE under `prefix`; a TAESD is recognised by its decoder, as ComfyUI does.
+
+    UNet latents = (VAE latents - latent_shift) · scaling_factor.
 
     Raises:
         InputError: a weight is missing or has another shape.
     """
     if f"{prefix}taesd_decoder.1.weight" in file.keys:
-        return _load_taesd(file, prefix, scaling_factor, dtype, device)
+        return _load_taesd(file, prefix, scaling_factor, latent_shift, dtype, device)
     from diffusers import AutoencoderKL  # imported where needed: it takes seconds
 
     with torch.device("meta"):
         model: Any = AutoencoderKL(**_kl_config(file, prefix))
     num_levels = len(model.config.block_out_channels)
     fill(model, lambda key: file.tensor(prefix + kl_key(key, num_levels)), vae_precision(dtype), device, file.path)
-    return Vae(model, scaling_factor)
+    return Vae(model, scaling_factor, shift=-latent_shift)
 
 
 def vae_precision(dtype: torch.dtype) -> torch.dtype:
@@ -129,7 +137,12 @@ def kl_key(key: str, num_levels: int) -> str:
 
 
 def _load_taesd(
-    file: WeightsFile, prefix: str, scaling_factor: float, dtype: torch.dtype, device: torch.device | str
+    file: WeightsFile,
+    prefix: str,
+    scaling_factor: float,
+    latent_shift: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Vae:
     from diffusers import AutoencoderTiny
 
@@ -140,7 +153,7 @@ def _load_taesd(
         name: float(file.tensor(prefix + name)) if prefix + name in file.keys else default
         for name, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
     }
-    return Vae(model, scaling_factor, numbers["vae_scale"], numbers["vae_shift"])
+    return Vae(model, scaling_factor, numbers["vae_scale"], numbers["vae_shift"] - latent_shift)
 
 
 def taesd_key(key: str) -> str:

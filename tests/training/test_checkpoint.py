@@ -307,7 +307,7 @@ def one_line(error) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {"double_blocks.0.img_mod.lin.weight": torch.ones(2)}, "holds no Stable Diffusion UNet"),
+        (lambda w: {"double_blocks.0.img_mod.lin.weight": torch.ones(2)}, "holds no model that can be trained"),
         (lambda w: w | {UNET + "label_emb.0.0.weight": torch.ones(2, 7)}, r"unknown family \(text width 768, vector"),
         (lambda w: w | {UNET + "scaled_fp8": torch.ones(1)}, "holds scaled 8-bit weights"),
         (lambda w: w | {UNET + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, "takes 9 input channels"),
