@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"categories: {', '.join(facts['categories']) or 'unknown (no safety_experts metadata)'}")
     if base := facts.get("base_checkpoint"):
         print(f"trained on: {base.get('name')} ({base.get('family')}, sha256 {str(base.get('sha256'))[:12]})")
+    for frozen in facts.get("trained_with", ()):
+        print(f"trained with: {frozen['name']} ({(frozen['sha256'] or frozen['tensors_sha256'])[:12]})")
     if recipe := facts.get("recipe"):
         shown = ("beta", "anchor_weight", "learning_rate", "batch_size")
         values = ", ".join(f"{key} {recipe[key]:g}" for key in shown if key in recipe)

@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
     parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    parser.add_argument(
+        "--with-expert",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="train on the model with this expert in it, frozen (default: without any); may be repeated",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state an interrupted run left")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -34,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
+    from ..experts.expert_file import load_expert
     from ..preferences.categories import canonical_category
     from ..preferences.dataset import PreferenceDataset
     from ..training.trainer import StepRecord, train_expert
@@ -60,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             category=canonical_category(arguments.category) if arguments.category else None,
             device=arguments.device,
             tokenizer_folder=arguments.tokenizer,
+            with_experts=[load_expert(path) for path in arguments.with_expert],
             resume=arguments.resume,
             on_step=show,
         )

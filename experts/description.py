@@ -34,7 +34,7 @@ def describe_expert(expert: Expert) -> dict:
     ranks = sorted({layer.rank for layer in expert.layers.values()})
     alphas = sorted({layer.alpha for layer in expert.layers.values()})
     blocks = rank_blocks(expert) if "rank_blocks" in expert.info else []
-    kept = ("base_checkpoint", "objective", "dataset_fingerprint", "step", "seed", "recipe", "metrics")
+    kept = ("base_checkpoint", "objective", "dataset_fingerprint", "step", "seed", "recipe", "metrics", "trained_with")
     merge = ("method", "parameters", "parents", "statistics_sha256", "category_strengths", "extracted", "converted")
     return {
         "name": expert.name,

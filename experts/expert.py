@@ -120,6 +120,15 @@ class Expert:
             digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
+    def origin(self) -> dict:
+        """Return how the metadata of what is made from this expert names it: name, hashes and categories."""
+        return {
+            "name": self.name,
+            "sha256": self.file_sha256,
+            "tensors_sha256": self.tensors_sha256(),
+            "categories": self.categories,
+        }
+
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, {len(self.layers)} layers, categories {self.categories})"
 

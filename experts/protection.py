@@ -75,7 +75,7 @@ def protect(
     info |= {
         "method": METHOD,
         "parameters": {"space": space, "strength": strength},
-        "parents": [_parent(expert) for expert in (style, *experts)],
+        "parents": [expert.origin() for expert in (style, *experts)],
     }
     return replace(style, layers=layers, info=info, name=name or f"{style.name}_protected", file_sha256=None)
 
@@ -104,12 +104,3 @@ def _union(bases: Sequence[Tensor]) -> Tensor:
     """Return an orthonormal basis [n, k] of the sum of the spaces that orthonormal bases [n, k_i] span."""
     u, s, _ = torch.linalg.svd(torch.cat(list(bases), dim=1), full_matrices=False)
     return u[:, s > torch.finfo(torch.float32).eps]
-
-
-def _parent(expert: Expert) -> dict:
-    return {
-        "name": expert.name,
-        "sha256": expert.file_sha256,
-        "tensors_sha256": expert.tensors_sha256(),
-        "categories": expert.categories,
-    }

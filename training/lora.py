@@ -2,21 +2,24 @@
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..experts.expert import LoraLayer
+from ..errors import InputError
+from ..experts.expert import Expert, LoraLayer
 from ..experts.keys import kohya_name
 from .recipe import Recipe
 
 ADAPTER = "expert"
+# SD3 and FLUX have one attention over image and text, `attn`, whose text side is `add_…`; SD3.5 has an `attn2` too.
 _TARGETS = {
-    "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    "self-attention": r".*\.attn1\.(to_q|to_k|to_v|to_out\.0)",
-    "cross-attention": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+    "attention": r".*\.attn[12]?\.(to_q|to_k|to_v|to_out\.0|add_[qkv]_proj|to_add_out)",
+    "self-attention": r".*\.attentions\..*\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+    "cross-attention": r".*\.attentions\..*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
 }
 
 
@@ -26,14 +29,37 @@ def seeded_generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def add_frozen(unet: nn.Module, expert: Expert) -> None:
+    """Add an expert to the weights of `unet`, in their precision: from then on it is part of the model.
+
+    Raises:
+        InputError: it has a layer, such as one of the text encoder, that the UNet has not in this shape.
+    """
+    modules: dict[str, Any] = {kohya_name(path): module for path, module in unet.named_modules()}
+    for name, layer in expert.layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or tuple(weight.shape) != layer.weight_shape:
+            found = "which the UNet has not" if weight is None else f"where the UNet has {list(weight.shape)}"
+            raise InputError(
+                f"{expert.name} cannot be part of the model in training: layer {name} is {list(layer.weight_shape)}, "
+                f"{found}; give an expert of this model that changes its UNet only"
+            )
+        weight.data = (weight.data.float() + layer.delta().to(weight.device)).to(weight.dtype)
+
+
 def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
     """Freeze `unet` and give its attention layers a float32 LoRA that starts as the identity.
 
     A is normal with standard deviation 1/rank (peft's "gaussian"), B zero; drawn on the CPU from the recipe's seed, so
     experts of one seed share their A.
+
+    Raises:
+        InputError: the model has no layers of the recipe's `targets`.
     """
     from peft import LoraConfig, inject_adapter_in_model  # peft takes seconds to import
 
+    if not any(re.fullmatch(_TARGETS[recipe.targets], name) for name, _ in unet.named_modules()):
+        raise InputError(f"this model has no {recipe.targets} layers to train; set targets to attention")
     unet.requires_grad_(False)
     alpha: Any = recipe.lora_alpha  # peft's annotation says int; it computes with floats
     config = LoraConfig(r=recipe.rank, lora_alpha=alpha, target_modules=_TARGETS[recipe.targets])

@@ -4,7 +4,7 @@ The reference of the preference objective is the same UNet with the LoRA off; im
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .cache import PairCache
 from .checkpoint import Checkpoint, load_checkpoint
 from .denoiser import UNetDenoiser
 from .held_out import HeldOut, split_pairs
-from .lora import attach_lora, read_layers
+from .lora import add_frozen, attach_lora, read_layers
 from .processes import Processes
 from .recipe import Recipe
 from .run import TrainingRun
@@ -83,6 +83,7 @@ def train_expert(
     category: str | None = None,
     device: torch.device | str | None = None,
     tokenizer_folder: str | Path | None = None,
+    with_experts: Sequence[Expert] = (),
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -96,6 +97,8 @@ def train_expert(
         category: train on the pairs of this category only; None takes all pairs.
         device: default is accelerate's choice, and its processes share the work; a device given means one process.
         tokenizer_folder: where CLIP's tokenizer lies, when it is not found by itself.
+        with_experts: part of the model, frozen, in training and as its reference; the result is without them. By
+            default nothing is attached, so that a style LoRA is trained apart from the experts it will be stacked on.
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
         on_step: called after every encoded group and every optimizer step.
         should_stop: asked before every forward pass; True saves what there is and ends the run.
@@ -117,11 +120,15 @@ def train_expert(
     with processes.main_first():
         cache = _encode(dataset, pairs, checkpoint, recipe, target_device, dtype, notify, stop_asked)
     info = _describe(checkpoint, dataset, pairs, recipe, category)
+    if with_experts:
+        info["trained_with"] = [expert.origin() for expert in with_experts]
 
     # A CPU keeps float32 weights and lets autocast convert them; elsewhere they would only take memory.
     unet: Any = checkpoint.load_unet(
         dtype=torch.float32 if target_device.type == "cpu" else dtype, device=target_device
     )
+    for expert in with_experts:
+        add_frozen(unet, expert)
     attach_lora(unet, recipe)
     if recipe.gradient_checkpointing:
         unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
@@ -135,6 +142,7 @@ def train_expert(
     run = TrainingRun(unet, denoiser, plan, recipe, target_device, processes, held_out)
     state_path = resume_path(out_path)
     identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
+    identity["trained_with"] = info.get("trained_with")
     if resume:
         run.restore(state_path, identity)
 
