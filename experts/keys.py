@@ -5,6 +5,9 @@ diffusers PEFT   unet.down_blocks.0.….attn1.to_q.lora_A.weight / .lora_B.weigh
 diffusers        unet.….attn1.to_q.lora.down.weight, unet.….attn1.processor.to_q_lora.down.weight
 peft             base_model.model.down_blocks.0.….lora_A.weight (also with an adapter name before .weight)
 native           diffusion_model.input_blocks.1.1.….lora_down.weight (also under lora_unet_)
+
+SD3 and FLUX have a transformer: lora_transformer_transformer_blocks_0_attn_to_q (OneTrainer's spelling) is written, as
+stock ComfyUI ignores lora_unet_ before diffusers names of these, and transformer.transformer_blocks.0.… is read too.
 """
 
 import json
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-UNET_PREFIX = "lora_unet"
+UNET_PREFIX, TRANSFORMER_PREFIX = "lora_unet", "lora_transformer"
 _KEY = re.compile(
     r"(?P<path>.+?)(?:"
     r"\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight|"  # peft, with or without an adapter name
@@ -30,6 +33,7 @@ _KEY = re.compile(
 # A path's beginning tells which model it belongs to; the longest match is first.
 _COMPONENTS = {
     "unet.": "unet",
+    "transformer.": "unet",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
     "diffusion_model.": "unet",
@@ -38,6 +42,9 @@ _COMPONENTS = {
 _BARE_UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|"
     r"input_blocks|middle_block|output_blocks)(\.|$)"
+)
+_TRANSFORMER = re.compile(
+    r"((single_)?transformer_blocks|time_text_embed|context_embedder|x_embedder|pos_embed|norm_out|proj_out)([._]|$)"
 )
 _NATIVE_RESNET = {
     "in_layers_2": "conv1",
@@ -64,8 +71,14 @@ class LoraParts:
     alpha: float
 
 
-def kohya_name(module_path: str, prefix: str = UNET_PREFIX) -> str:
-    """Return the kohya name of a diffusers module, `down_blocks.0.….to_q` -> `lora_unet_down_blocks_0_…_to_q`."""
+def kohya_name(module_path: str, prefix: str | None = None) -> str:
+    """Return the kohya name of a diffusers module, `down_blocks.0.….to_q` -> `lora_unet_down_blocks_0_…_to_q`.
+
+    Args:
+        prefix: None tells by the path whether it lies in a UNet or in the transformer of SD3 or FLUX.
+    """
+    if prefix is None:
+        prefix = TRANSFORMER_PREFIX if _TRANSFORMER.match(module_path) else UNET_PREFIX
     return f"{prefix}_{module_path.replace('.', '_')}"
 
 
@@ -139,11 +152,18 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
 
 
 def comfyui_matches(key: str) -> bool:
-    """Say whether stock ComfyUI's loader knows this spelling for an SD1.x, SD2.x or SDXL model (v0.30.0)."""
+    """Say whether stock ComfyUI's loader knows this spelling for a model of ours (v0.30.0).
+
+    A name without prefix is known for FLUX only, and `base_model.model.` for SD3 only: neither counts.
+    """
     match = _KEY.fullmatch(key)
     if not match:
         return False
     path = match["path"]
+    if path.startswith(("transformer.", f"{TRANSFORMER_PREFIX}_")):
+        return _TRANSFORMER.match(re.sub(r"^(lora_)?transformer[._]", "", path)) is not None
+    if _TRANSFORMER.match(path.removeprefix(f"{UNET_PREFIX}_")):
+        return False
     if path.startswith((f"{UNET_PREFIX}_", "lycoris_", "lora_te_", "lora_te1_", "lora_te2_", "diffusion_model.")):
         return "." not in path or path.startswith("diffusion_model.")
     if path.startswith("unet.") and not path.startswith("unet.base_model."):
@@ -168,7 +188,7 @@ def _locate(path: str) -> tuple[str, str] | None:
         if path.startswith(prefix):
             return component, path.removeprefix(prefix).removeprefix("base_model.model.")
     bare = path.removeprefix("base_model.model.")
-    if _BARE_UNET.match(bare):
+    if _BARE_UNET.match(bare) or _TRANSFORMER.match(bare):
         return "unet", bare
     return ("text_encoder", bare) if bare.startswith("text_model.") else None
 

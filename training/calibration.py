@@ -11,9 +11,10 @@ from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .cache import PairCache
-from .checkpoint import load_checkpoint
-from .denoiser import UNetDenoiser
+from .checkpoint import load_checkpoint, make_denoiser
+from .denoiser import Denoiser
 from .lora import seeded_generator
+from .noise_schedule import NUM_TIMESTEPS
 from .processes import Processes
 
 _PAIRS_PER_PASS = 8
@@ -67,14 +68,14 @@ def collect_statistics(
         cache.encode_pairs(pairs, flips=False, on_progress=lambda done, total: None)
         cache.encode_prompts([pair.prompt for pair in pairs], on_progress=lambda done, total: None)
         unet = checkpoint.load_unet(dtype=dtype, device=target)
-        denoiser = UNetDenoiser(unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, dtype if half else None)
+        denoiser = make_denoiser(checkpoint, unet, dtype if half else None)
         return count_activations(experts, denoiser, cache, pairs, seed=seed, device=target, on_step=on_step)
 
 
 @torch.inference_mode()
 def count_activations(
     experts: Sequence[Expert],
-    denoiser: UNetDenoiser,
+    denoiser: Denoiser,
     cache: PairCache,
     pairs: Sequence[PreferencePair],
     *,
@@ -105,13 +106,13 @@ def _groups_of_one_size(pairs: Sequence[PreferencePair], cache: PairCache) -> li
     ]
 
 
-def _predict(denoiser: UNetDenoiser, cache: PairCache, pairs: Sequence[PreferencePair], seed: int, device) -> None:
+def _predict(denoiser: Denoiser, cache: PairCache, pairs: Sequence[PreferencePair], seed: int, device) -> None:
     latents = torch.stack([cache.latents(pair)[1] for pair in pairs])
     noise, timesteps = torch.empty_like(latents), torch.empty(len(pairs), dtype=torch.int64)
     for index, pair in enumerate(pairs):
         generator = seeded_generator(seed, "calibration", pair.id)
         noise[index] = torch.randn(latents.shape[1:], generator=generator)
-        timesteps[index] = torch.randint(len(denoiser.alphas_cumprod), (), generator=generator)
+        timesteps[index] = torch.randint(NUM_TIMESTEPS, (), generator=generator)
     conditions = {
         name: values.to(device, torch.float32) for name, values in cache.conditions([p.prompt for p in pairs]).items()
     }

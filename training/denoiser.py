@@ -11,7 +11,13 @@ Conditions = Mapping[str, Tensor]  # name -> [b, ...], all rows aligned with the
 
 
 class Denoiser(Protocol):
-    """What a trainer needs of a model. Latents, noise and predictions are [b, c, h, w], timesteps [b] int64."""
+    """What a trainer needs of a model. Latents, noise and predictions are [b, c, h, w], timesteps [b] int64, 0..999.
+
+    Attributes:
+        unet: the UNet or transformer.
+    """
+
+    unet: nn.Module
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 

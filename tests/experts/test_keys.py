@@ -10,6 +10,8 @@ PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 INNER = "transformer_blocks.0.attn1.to_q"
 TEXT_PATH = "text_model.encoder.layers.0.self_attn.q_proj"
+JOINT = "lora_transformer_transformer_blocks_0_attn_to_q"
+SINGLE = "lora_transformer_single_transformer_blocks_3_proj_out"
 
 
 def read(*stems, metadata=None, rank=4):
@@ -23,6 +25,7 @@ def read(*stems, metadata=None, rank=4):
 
 def test_kohya_name_of_a_diffusers_path():
     assert kohya_name(PATH) == NAME
+    assert kohya_name("single_transformer_blocks.3.proj_out") == SINGLE
     assert kohya_name(TEXT_PATH, "lora_te1") == "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
 
 
@@ -40,10 +43,10 @@ def test_kohya_name_of_a_diffusers_path():
         (f"lora_unet_input_blocks_1_1_{INNER.replace('.', '_')}.lora_{{}}.weight", NAME),
         (f"text_encoder.{TEXT_PATH}.lora_linear_layer.{{}}.weight", kohya_name(TEXT_PATH, "lora_te")),
         (f"lora_te2_{TEXT_PATH.replace('.', '_')}.lora_{{}}.weight", kohya_name(TEXT_PATH, "lora_te2")),
-        (
-            "lora_transformer_transformer_blocks_0_attn_to_q.lora_{}.weight",
-            "lora_transformer_transformer_blocks_0_attn_to_q",
-        ),
+        (f"{JOINT}.lora_{{}}.weight", JOINT),
+        (f"lycoris_{JOINT[17:]}.lora_{{}}.weight", JOINT),
+        (f"lora_unet_{JOINT[17:]}.lora_{{}}.weight", JOINT),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight", "lora_unet_double_blocks_0_img_attn_qkv"),
     ],
 )
 def test_down_up_spellings_give_the_kohya_name(stem, name):
@@ -61,6 +64,10 @@ def test_down_up_spellings_give_the_kohya_name(stem, name):
         (f"unet.base_model.model.{PATH}.lora_{{}}.weight", NAME),
         (f"{PATH}.lora_{{}}.weight", NAME),
         (f"base_model.model.{TEXT_PATH}.lora_{{}}.weight", kohya_name(TEXT_PATH, "lora_te")),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_{}.weight", JOINT),
+        ("base_model.model.transformer_blocks.0.attn.to_q.lora_{}.weight", JOINT),
+        ("transformer_blocks.0.attn.to_q.lora_{}.default.weight", JOINT),
+        ("transformer.single_transformer_blocks.3.proj_out.lora_{}.weight", SINGLE),
     ],
 )
 def test_a_b_spellings_give_the_kohya_name(stem, name):
@@ -172,6 +179,11 @@ def test_parts_of_different_rank_are_refused():
         (f"diffusion_model.input_blocks.1.1.{INNER}.lora_A.weight", True),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", True),
         (f"text_encoder.{TEXT_PATH}.lora_B.weight", True),
+        (f"{JOINT}.lora_up.weight", True),
+        (f"{SINGLE}.alpha", True),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", True),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight", True),
+        ("lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight", False),
         (f"unet.{PATH}.lora_A.weight", False),
         (f"unet.{PATH}.lora.down.weight", False),
         (f"{PATH}.lora_A.weight", False),
