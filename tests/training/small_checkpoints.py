@@ -107,11 +107,11 @@ def openclip_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def taesd_shapes() -> dict[str, tuple[int, ...]]:
+def taesd_shapes(latent_channels: int = 4) -> dict[str, tuple[int, ...]]:
     """ComfyUI's names of a TAESD."""
-    encoder = {"0": (64, 3, 3, 3), "14": (4, 64, 3, 3)}
+    encoder = {"0": (64, 3, 3, 3), "14": (latent_channels, 64, 3, 3)}
     encoder |= {str(index): (64, 64, 3, 3) for index in (2, 6, 10)}
-    decoder = {"1": (64, 4, 3, 3), "19": (3, 64, 3, 3)}
+    decoder = {"1": (64, latent_channels, 3, 3), "19": (3, 64, 3, 3)}
     decoder |= {str(index): (64, 64, 3, 3) for index in (7, 12, 17)}
     blocks = {"taesd_encoder": (1, 3, 4, 5, 7, 8, 9, 11, 12, 13), "taesd_decoder": (3, 4, 5, 8, 9, 10, 13, 14, 15, 18)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -144,9 +144,9 @@ def write(path: Path, weights: dict[str, Tensor]) -> Path:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """CLIP's tokenizer with its own start and end, and a vocabulary of single letters."""
+    """CLIP's tokenizer with its own start, end and first token, and a vocabulary of single letters."""
     folder.mkdir(parents=True, exist_ok=True)
-    letters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
+    letters = ["!"] + [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
     vocabulary = {letter: index for index, letter in enumerate(letters)}
     vocabulary |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))

@@ -1,0 +1,300 @@
+"""SD3 and FLUX.1 checkpoints: every part read from one file or a folder, against diffusers; a step of training."""
+
+import numpy as np
+import pytest
+import small_checkpoints as small
+import small_flow_checkpoints as flow
+import torch
+from PIL import Image
+from safety_experts.errors import InputError
+from safety_experts.experts.expert_file import load_expert
+from safety_experts.experts.keys import comfyui_matches
+from safety_experts.experts.merging import merge_experts
+from safety_experts.experts.tensor_file import read_tensors
+from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
+from safety_experts.preferences.pairs import PromptPair
+from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.training.recipe import Recipe
+from safety_experts.training.trainer import train_expert
+from safety_experts.training.transformer import build_transformer
+from safety_experts.training.transformer_keys import infer_transformer, native_weight
+
+PROMPTS = ["", "a red circle with thorns"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return flow.write_tokenizers(tmp_path_factory.mktemp("comfy"))
+
+
+@pytest.fixture(scope="module", params=["sd3", "flux"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def weights(family):
+    return flow.checkpoint_weights(family)
+
+
+@pytest.fixture(scope="module")
+def single(weights, tokenizer_folder, tmp_path_factory):
+    path = small.write(tmp_path_factory.mktemp("single") / "small.safetensors", weights)
+    return load_checkpoint(path, tokenizer_folder=tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(single, family):
+    """A diffusers pipeline of the same weights. The CLIPs come from our loader (see test_checkpoint.py)."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    encoder = single.load_text_encoder()
+    clip_l, tokenizer = encoder.towers[0].model, encoder.towers[0].tokenizer
+    tokenizer.model_max_length, tokenizer.pad_token = 77, "<|endoftext|>"
+    t5_tokenizer = encoder.t5.tokenizer
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    if family == "flux":
+        return diffusers.FluxPipeline(
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae,
+            text_encoder=clip_l,
+            tokenizer=tokenizer,
+            text_encoder_2=encoder.t5.model,
+            tokenizer_2=t5_tokenizer,
+            transformer=single.load_unet(),
+        )
+    tokenizer_g = type(tokenizer).from_pretrained(tokenizer.name_or_path, pad_token="!", model_max_length=77)
+    # diffusers wants SD3's CLIP-L with a projection, which in the published model is the identity.
+    projecting = CLIPTextModelWithProjection(CLIPTextConfig(**clip_l.config.to_dict() | {"projection_dim": 64})).eval()
+    state = {key if key.startswith("text_model.") else f"text_model.{key}": w for key, w in clip_l.state_dict().items()}
+    projecting.load_state_dict(state | {"text_projection.weight": torch.eye(64)})
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=single.load_unet(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=projecting,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder.towers[1].model,
+        tokenizer_2=tokenizer_g,
+        text_encoder_3=encoder.t5.model,
+        tokenizer_3=t5_tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline, tmp_path_factory, tokenizer_folder):
+    path = tmp_path_factory.mktemp("folder")
+    pipeline.save_pretrained(path)
+    return load_checkpoint(path)
+
+
+# --- one file ---
+
+
+def test_the_family_and_its_schedule_are_recognised(single, family):
+    assert (single.family, single.prediction_type) == (family, "flow")
+    assert single.shift == pytest.approx({"sd3": 3.0, "flux": 3.158193}[family])
+
+
+def test_schnell_has_no_guidance_and_no_shift(tmp_path):
+    weights = small.random_weights(flow.flux_shapes(has_guidance=False))
+    checkpoint = load_checkpoint(small.write(tmp_path / "schnell.safetensors", weights))
+    assert checkpoint.shift == 1.0 and not checkpoint.load_unet().config.guidance_embeds
+
+
+@pytest.mark.parametrize("shapes", [flow.sd3_shapes(), flow.sd3_shapes(is_sd35=True), flow.flux_shapes(width=3072)])
+def test_native_names_are_those_of_diffusers_converter(shapes):
+    from diffusers.loaders import single_file_utils
+
+    layout = infer_transformer(shapes)
+    generator = torch.Generator().manual_seed(0)
+    rows = {key: torch.randn(shape[:1], generator=generator) for key, shape in shapes.items()}  # it looks at rows only
+    convert = getattr(single_file_utils, f"convert_{layout.family}_transformer_checkpoint_to_diffusers")
+    expected = convert({key: row if "embed" not in key else row[:, None] for key, row in rows.items()})
+    assert expected.keys() == build_transformer(layout).state_dict().keys()
+    for key, theirs in expected.items():
+        weight = native_weight(key, layout)
+        ours = rows[weight.key if weight.key in rows else weight.key.replace("_norm.weight", "_norm.scale")]
+        ours = ours[weight.rows] if weight.rows else ours
+        ours = torch.cat(ours.chunk(2)[::-1]) if weight.swapped else ours
+        torch.testing.assert_close(ours, theirs.flatten(), rtol=0, atol=0, msg=key)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shapes", [flow.sd3_shapes(is_sd35=True), flow.flux_shapes()])
+def test_a_bare_transformer_opens_and_says_what_it_lacks(tmp_path, tokenizer_folder, shapes):
+    path = small.write(tmp_path / "bare.safetensors", small.random_weights(shapes))
+    checkpoint = load_checkpoint(path, tokenizer_folder=tokenizer_folder)
+    assert sum(w.numel() for w in checkpoint.load_unet().state_dict().values()) == sum(
+        torch.Size(shape).numel() for shape in shapes.values()
+    )
+    remedy = r"bare\.safetensors holds no .* use a full checkpoint or a diffusers folder, or join the parts in ComfyUI"
+    for load in (checkpoint.load_text_encoder, checkpoint.load_vae):
+        with pytest.raises(InputError, match=remedy) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_sd3_without_t5_has_clips_tokens_alone(tmp_path, tokenizer_folder):
+    weights = {key: w for key, w in flow.checkpoint_weights("sd3").items() if "t5xxl" not in key}
+    checkpoint = load_checkpoint(small.write(tmp_path / "a.safetensors", weights), tokenizer_folder=tokenizer_folder)
+    hidden = checkpoint.load_text_encoder().encode_prompts(PROMPTS)["hidden_states"]
+    assert hidden.shape == (2, 77, flow.T5_WIDTH["sd3"])
+    assert hidden[..., :128].abs().amin() > 0 and not hidden[..., 128:].any()
+
+
+def test_editing_models_are_refused(tmp_path):
+    shapes = flow.flux_shapes() | {"img_in.weight": (128, 384)}
+    with pytest.raises(InputError, match="takes 96 input channels"):
+        load_checkpoint(small.write(tmp_path / "fill.safetensors", small.random_weights(shapes)))
+
+
+def test_a_prediction_type_is_no_choice(single):
+    with pytest.raises(InputError, match="leave prediction_type out"):
+        load_checkpoint(single.path, prediction_type="epsilon")
+
+
+def test_images_become_latents_by_the_shift_and_scale_of_the_family(single, family, weights):
+    vae = single.load_vae()
+    images = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        raw = vae.model.encoder.layers(images)
+    scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}[family]
+    latents = vae.encode_images(images)
+    torch.testing.assert_close(latents, (raw / 0.3 + 0.1 - shift) * scale, rtol=1e-4, atol=1e-4)
+    assert latents.shape == (1, 16, 2, 2)
+
+
+def test_long_prompts_are_cut_and_end(single, caplog):
+    t5 = single.load_text_encoder().t5
+    tokens = t5.tokenize(["red " * 300])
+    assert tokens.shape == (1, t5.num_tokens) and tokens[0, -1] == 1 and (tokens[0, :-1] > 1).all()
+    assert "is cut to" in caplog.text
+
+
+def test_a_missing_t5_tokenizer_is_told_how_to_get_one(single, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    clip_only = small.write_tokenizer(tmp_path / "comfy" / "sd1_tokenizer")
+    with pytest.raises(InputError, match="no T5 tokenizer: set COMFYUI_PATH"):
+        load_checkpoint(single.path, tokenizer_folder=clip_only).load_text_encoder()
+
+
+# --- against diffusers' pipelines ---
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_as_in_diffusers(single, pipeline, family):
+    encoded = single.load_text_encoder().encode_prompts(PROMPTS)
+    if family == "sd3":
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=77
+        )
+    else:
+        hidden, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=256)
+    torch.testing.assert_close(encoded["hidden_states"], hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoded["pooled"], pooled, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
+    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    options = {"height": 32, "width": 48, "num_inference_steps": 1, "output_type": "latent"}
+    pipeline.set_progress_bar_config(disable=True)
+    if family == "sd3":
+        drawn = pipeline(PROMPTS[1], latents=noise, guidance_scale=1.0, max_sequence_length=77, **options).images
+    else:
+        packed = pipeline._pack_latents(noise, 1, 16, 4, 6)
+        drawn = pipeline(PROMPTS[1], latents=packed, guidance_scale=3.5, max_sequence_length=256, **options).images
+        drawn = pipeline._unpack_latents(drawn, 32, 48, pipeline.vae_scale_factor)
+    denoiser = make_denoiser(single, single.load_unet())
+    conditions = single.load_text_encoder().encode_prompts(PROMPTS[1:])
+    velocity = denoiser.predict(noise, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
+    assert velocity.std() > 0.1
+    torch.testing.assert_close(drawn, noise - velocity, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_folder_gives_what_the_single_file_gives(folder, single, pipeline):
+    assert (folder.family, folder.prediction_type) == (single.family, "flow")
+    assert folder.shift == pytest.approx(single.shift) and len(folder.sha256) == 64
+    conditions = [part.load_text_encoder().encode_prompts(PROMPTS) for part in (folder, single)]
+    torch.testing.assert_close(conditions[0], conditions[1])
+    inputs = torch.randn(2, 16, 4, 4), torch.tensor([10, 900]), conditions[0]
+    predicted = [make_denoiser(part, part.load_unet()).predict(*inputs) for part in (folder, single)]
+    torch.testing.assert_close(predicted[0], predicted[1])
+    images = torch.rand(1, 3, 16, 16)
+    expected = (pipeline.vae.encode(images * 2 - 1).latent_dist.mode() - 0.06) * 1.5
+    torch.testing.assert_close(folder.load_vae().encode_images(images), expected)
+
+
+# --- training ---
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    dataset = PreferenceDataset.create(tmp_path_factory.mktemp("data") / "pairs", DatasetInfo({}, {}, "noise", ""))
+    for seed, letter in enumerate("ab"):
+        pair = PromptPair(f"{letter} with thorns", letter, ("violence",), seed)
+        pixels = np.random.default_rng(seed).integers(0, 256, (2, 24, 32, 3), dtype=np.uint8)
+        dataset.add(pair, *(Image.fromarray(image) for image in pixels))
+    return dataset
+
+
+def train(checkpoint, dataset, out, tokenizer_folder, **options):
+    values = {"rank": 2, "steps": 2, "batch_size": 2, "accumulation_steps": 1, "precision": "fp32", "warmup_steps": 0}
+    recipe = Recipe(**values, anchor_weight=1.0, **options)
+    return train_expert(checkpoint.path, dataset, recipe, out, device="cpu", tokenizer_folder=tokenizer_folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"flow_error": "x0", "anchor_samples": "noise", "gradient_checkpointing": True}]
+)
+def test_an_expert_is_trained_and_loads_in_stock_loaders(single, dataset, tokenizer_folder, tmp_path, options, family):
+    result = train(single, dataset, tmp_path / "violence.safetensors", tokenizer_folder, **options)
+    assert result.losses[0] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are one before the first step
+    expert = load_expert(result.path)
+    # SD3: 8 in the first block, 7 in the last, whose text stream ends there. FLUX: 8 and 3 (single).
+    assert len(expert.layers) == {"sd3": 8 + 7, "flux": 8 + 3}[family]
+    still = [name for name, layer in expert.layers.items() if not layer.up.any()]
+    # The text stream's queries of SD3's last block lead nowhere.
+    assert still == (["lora_transformer_transformer_blocks_1_attn_add_q_proj"] if family == "sd3" else [])
+    assert expert.info["base_checkpoint"]["family"] == family
+    assert all(comfyui_matches(key) for key in read_tensors(result.path)[0])
+
+
+def test_a_folder_trains_too_and_experts_merge(folder, dataset, tokenizer_folder, tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in enumerate(paths):
+        train(folder, dataset, path, None, seed=seed)
+    experts = [load_expert(path) for path in paths]
+    merged = merge_experts(experts, "linear", weights=[1.0, 1.0])
+    name, layer = next(iter(merged.layers.items()))
+    expected = sum(expert.layers[name].delta() for expert in experts)
+    assert merged.layers.keys() == experts[0].layers.keys()
+    torch.testing.assert_close(layer.delta(), expected)
+
+
+def test_cached_equals_uncached(single, dataset, tokenizer_folder, tmp_path):
+    paths = [tmp_path / f"{name}.safetensors" for name in ("cached", "encoded")]
+    train(single, dataset, paths[0], tokenizer_folder)
+    cache = next(path for path in (dataset.folder / ".cache").iterdir() if single.sha256[:16] in path.name)
+    cache.rename(tmp_path / "put aside")
+    train(single, dataset, paths[1], tokenizer_folder)
+    cached, encoded = (read_tensors(path)[0] for path in paths)
+    assert cached.keys() == encoded.keys() and all(torch.equal(cached[key], encoded[key]) for key in cached)
+
+
+def test_joint_attention_has_no_cross_attention_layers(single, dataset, tokenizer_folder, tmp_path):
+    with pytest.raises(InputError, match="set targets to attention"):
+        train(single, dataset, tmp_path / "a.safetensors", tokenizer_folder, targets="cross-attention")
