@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from safety_experts.demo.comfyui import find_comfyui
-from safety_experts.training.checkpoint import load_checkpoint
-from safety_experts.training.denoiser import UNetDenoiser
+from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
 
 WORKER = Path(__file__).with_name("comfyui_outputs.py")
 PROMPTS = ["", "a red circle with thorns"]
@@ -49,6 +48,12 @@ def unet(levels, depths, depths_up, depth_middle, context_dim, **more):
     }
 
 
+def t5(width):
+    """A T5 of two layers and 8200 words, which hold those of the prompts."""
+    config = {"num_layers": 2, "d_model": width, "d_kv": 64, "num_heads": 2, "d_ff": 96, "vocab_size": 8200}
+    return {"name": "t5xxl", "prefix": "text_encoders.t5xxl.transformer.", "config": config, "openclip": False}
+
+
 MODELS = {
     "sd15": {  # the toy world's layout, but for one attention
         "unet": unet([1], [1], [1, 0], -2, 768),
@@ -71,6 +76,58 @@ MODELS = {
         "taesd": True,
         "numbers": {"first_stage_model.vae_scale": 0.13025, "v_pred": [], "ztsnr": []},
     },
+    "sd3": {  # as SD3.5 medium: normalised queries and keys, a second attention in the first block
+        "transformer": "sd3",
+        "context_dim": 4096,  # ComfyUI fills CLIP's tokens up to this width
+        "pooled_dim": 320,
+        "config": {
+            "input_size": None,
+            "in_channels": 16,
+            "depth": 2,
+            "adm_in_channels": 320,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 4096, "out_features": 128},
+            },
+            "num_patches": 256,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms",
+            "x_block_self_attn_layers": [0],
+        },
+        "text_models": [
+            tower("clip_l", "text_encoders.clip_l.", 128, "quick_gelu"),
+            tower("clip_g", "text_encoders.clip_g.", 192, "gelu"),
+            t5(4096),
+        ],
+        "taesd": True,
+        "numbers": {"first_stage_model.vae_scale": 1.2, "first_stage_model.vae_shift": 0.2},
+    },
+    "flux": {
+        "transformer": "flux",
+        "context_dim": 96,
+        "pooled_dim": 128,
+        "config": {
+            "in_channels": 16,
+            "out_channels": 16,
+            "vec_in_dim": 128,
+            "context_in_dim": 96,
+            "hidden_size": 256,
+            "mlp_ratio": 4.0,
+            "num_heads": 2,
+            "depth": 1,
+            "depth_single_blocks": 2,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "patch_size": 2,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "txt_ids_dims": [],
+        },
+        "text_models": [tower("clip_l", "text_encoders.clip_l.", 128, "quick_gelu"), t5(96)],
+        "taesd": True,
+        "vae_prefix": "vae.",
+        "numbers": {"vae.vae_scale": 0.5, "vae.vae_shift": -0.1},
+    },
 }
 
 
@@ -87,7 +144,7 @@ def folder(comfyui, tmp_path_factory) -> Path:
     )
     assert finished.returncode == 0, finished.stderr
     yield folder
-    for file in folder.glob("*/*.safetensors"):  # 400 MB that pytest would keep for three runs
+    for file in folder.glob("*/*.safetensors"):  # 600 MB that pytest would keep for three runs
         file.unlink()
 
 
@@ -113,6 +170,10 @@ def assert_equal(ours, theirs):
 
 def test_family_and_noise_are_inferred_alike(checkpoint, theirs, family):
     assert checkpoint.family == family
+    if "sigmas" in theirs:
+        sigmas = make_denoiser(checkpoint, None).sigmas(torch.arange(1000))
+        torch.testing.assert_close(sigmas, theirs["sigmas"], rtol=1e-5, atol=0)
+        return
     assert (checkpoint.prediction_type == "v_prediction") == bool(theirs["predicts_velocity"])
     torch.testing.assert_close(checkpoint.alphas_cumprod, theirs["alphas_cumprod"], rtol=1e-5, atol=0)
 
@@ -120,7 +181,7 @@ def test_family_and_noise_are_inferred_alike(checkpoint, theirs, family):
 @torch.no_grad()
 def test_unet_predicts_alike(checkpoint, theirs):
     inputs = {key: theirs[f"unet.{key}"] for key in ("hidden_states", "pooled") if f"unet.{key}" in theirs}
-    denoiser = UNetDenoiser(checkpoint.load_unet(), checkpoint.alphas_cumprod, checkpoint.prediction_type)
+    denoiser = make_denoiser(checkpoint, checkpoint.load_unet())
     predicted = denoiser.predict(theirs["unet.noisy"], theirs["unet.timesteps"].long(), inputs)
     assert_equal(predicted, theirs["unet.predicted"])
 
