@@ -119,16 +119,14 @@ def write_tokenizers(folder: Path) -> Path:
 
 def write_t5_tokenizer(folder: Path) -> Path:
     """T5's own padding and end, and a vocabulary of letters."""
-    from transformers import T5TokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    pieces = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "▁",
-        *string.ascii_lowercase,
-        *(f"▁{letter}" for letter in string.ascii_lowercase),
-    ]
-    tokenizer = T5TokenizerFast(vocab=[(piece, -1.0 - index / 100) for index, piece in enumerate(pieces)], extra_ids=0)
-    tokenizer.save_pretrained(folder)
+    pieces = ["<pad>", "</s>", "<unk>", "▁"]
+    pieces += [start + letter for start in ("", "▁") for letter in string.ascii_lowercase]
+    tokenizer = Tokenizer(models.Unigram([(piece, -index / 100) for index, piece in enumerate(pieces)], unk_id=2))
+    tokenizer.add_special_tokens(pieces[:3])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
