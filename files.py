@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +37,33 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, target)
     except OSError as error:
         raise _as_user_error(error, target) from error
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # so the safetensors library puts an OSError
+            raise _as_user_error(OSError(int(found[1]), os.strerror(int(found[1]))), target) from error
+        raise
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Add `text` as it is to the end of a file.
+
+    Raises:
+        SafetyExpertsError: the disk is full or the file cannot be written to.
+    """
+    try:
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise _as_user_error(error, Path(path)) from error
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what a `write_atomically(path)` left that was killed in the middle; nobody else may be writing now."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{glob.escape(target.stem[:40])}-????????{glob.escape(target.suffix)}"):
+        leftover.unlink(missing_ok=True)
 
 
 def _as_user_error(error: OSError, target: Path) -> Exception:

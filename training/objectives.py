@@ -240,11 +240,22 @@ def anchor_loss(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def preference_metrics(errors: PairErrors, *, beta: float) -> dict[str, float]:
-    """Return the batch means under TRL's names; accuracy is the fraction of pairs whose logit is above 0."""
-    chosen, rejected = (reward.detach() for reward in errors.rewards(beta))
-    return {
-        "rewards/chosen": float(chosen.mean()),
-        "rewards/rejected": float(rejected.mean()),
-        "rewards/margins": float((chosen - rejected).mean()),
-        "rewards/accuracies": float((chosen > rejected).float().mean()),
+    """Return the batch means; names with rewards/ are TRL's. Accuracy is the fraction of pairs with a logit above 0.
+
+    gradient_factor = sigmoid(-u) is what the gradient of the sigmoid loss is scaled by (0.5 for a fresh expert);
+    error_margin = |2 u / beta|; error/chosen and error/reference_chosen are the errors of the chosen images.
+    """
+    chosen, rejected = errors.rewards(beta)
+    u = chosen - rejected
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": u,
+        "rewards/accuracies": (u > 0).float(),
+        "gradient_factor": torch.sigmoid(-u),
+        "error_margin": (2 / beta * u).abs(),
+        "error/chosen": errors.policy_chosen,
+        "error/reference_chosen": errors.reference_chosen,
     }
+    means = torch.stack([value.detach().float().mean() for value in values.values()])
+    return dict(zip(values, means.tolist(), strict=True))

@@ -67,6 +67,14 @@ class Processes:
         part = slice(self.rank * rows, (self.rank + 1) * rows)
         return replace(batch, **{item.name: getattr(batch, item.name)[part] for item in fields(Batch)})
 
+    def any(self, answer: bool, device: torch.device) -> bool:
+        """Return whether any process answers yes, so that all stop at the same place."""
+        if self.count == 1:
+            return answer
+        answers = torch.tensor(int(answer), device=device)
+        distributed.all_reduce(answers)
+        return bool(answers)
+
     def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
         """Return each value's mean over the processes."""
         if self.count == 1:

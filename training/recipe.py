@@ -35,6 +35,12 @@ class Recipe(BaseModel):
     beta: float = Field(
         5000.0, gt=0, description="Pull towards the base model, for the logit (beta/2) x mean squared error difference."
     )
+    target_gradient_factor: float | None = Field(
+        None,
+        gt=0,
+        lt=0.5,
+        description="Lower beta from step to step so that pairs pull with this share of the full gradient, say 0.2.",
+    )
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="robust: assumed fraction of flipped labels.")
     safety_margin: float = Field(1.0, ge=0, description="safe-dpo: margin Delta asked of safe over unsafe pairs.")
     cost_weight: float = Field(2.0, ge=0, description="sc-dpo: cost of an unsafe image against a preference of 1.")
@@ -45,6 +51,15 @@ class Recipe(BaseModel):
         None, ge=0, le=1, description="Diffusion-SDPO's mu: scale the rejected gradient so the chosen cannot get worse."
     )
     sft_weight: float = Field(0.0, ge=0, description="Weight of the plain denoising error on the chosen image.")
+    flow_error: Literal["velocity", "x0"] = Field(
+        "velocity", description="What SD3 and FLUX compare: velocities, or the images that follow from them (DUO)."
+    )
+    reference_epochs: int = Field(
+        0,
+        ge=0,
+        description="Draw noise levels and noises for so many epochs, then repeat them, so that the reference model "
+        "need not run again (its predictions are kept beside the dataset); 0: always new draws.",
+    )
     shared_timestep: bool = Field(True, description="One noise level for both images of a pair; DUO draws two.")
     anchor_weight: float = Field(
         0.0,
@@ -64,7 +79,8 @@ class Recipe(BaseModel):
     rank: int = Field(4, ge=1, le=1024, description="LoRA rank.")
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; empty means equal to the rank (scale 1).")
     targets: Literal["attention", "self-attention", "cross-attention"] = Field(
-        "attention", description="Which attention layers (to_q, to_k, to_v, to_out) get a LoRA."
+        "attention",
+        description="Which attention layers (to_q, to_k, to_v, to_out) get a LoRA; SD3 and FLUX know attention only.",
     )
     steps: int = Field(2000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(4, ge=1, description="Pairs in one forward pass, of all processes together.")
@@ -90,6 +106,11 @@ class Recipe(BaseModel):
         gt=0,
         description="Stop when the mean squared change on held-out safe prompts passes this; the best is kept.",
     )
+    max_chosen_increase: float | None = Field(
+        None,
+        gt=0,
+        description="Stop when held-out chosen images' error is above the base model's by this part; the best is kept.",
+    )
     save_steps: int = Field(100, ge=1, description="Write the resumable state every so many steps.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     first_timestep: int = Field(0, ge=0, le=999, description="Smallest noise level trained (0 is least noisy).")
@@ -103,8 +124,11 @@ class Recipe(BaseModel):
     def _check_timesteps(self) -> "Recipe":
         if self.first_timestep > self.last_timestep:
             raise ValueError(f"first_timestep {self.first_timestep} is above last_timestep {self.last_timestep}")
-        if (self.patience or self.max_drift) and not self.held_out_fraction:
-            raise ValueError("patience and max_drift watch held-out pairs: set held_out_fraction above 0")
+        watching = (self.patience or None, self.max_drift, self.max_chosen_increase)
+        if any(option is not None for option in watching) and not self.held_out_fraction:
+            raise ValueError(
+                "patience, max_drift and max_chosen_increase watch held-out pairs: set held_out_fraction above 0"
+            )
         return self
 
     @property

@@ -7,23 +7,26 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..errors import SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.expert_file import save_expert
+from ..files import remove_leftovers
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
-from .cache import PairCache
 from .checkpoint import Checkpoint, load_checkpoint
-from .denoiser import UNetDenoiser
 from .held_out import HeldOut, split_pairs
-from .lora import add_frozen, attach_lora, read_layers
+from .lora import read_layers
+from .memory import memory_errors_explained
+from .metrics import MetricsSink
+from .preparation import compute_dtype, encode_dataset, load_policy, open_bank
 from .processes import Processes
 from .recipe import Recipe
-from .run import TrainingRun
+from .run import StepError, TrainingRun
+from .run_state import restore_state, save_state
+from .samples import SampleDrawer, Samples
 
 logger = logging.getLogger(__name__)
 
@@ -56,24 +59,12 @@ class TrainingStoppedError(SafetyExpertsError):
     """`should_stop` ended the run before its first step, so there is no expert to save."""
 
 
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return what the UNet computes in: the recipe's precision, or bfloat16 where the device is fast at it."""
-    if recipe.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu":
-        # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
-        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
-    return torch.float32
-
-
 def resume_path(out_path: str | Path) -> Path:
     """Return where the resumable state of an expert's training lies: beside it, `<name>.resume`."""
     return Path(out_path).with_suffix(".resume")
 
 
+@memory_errors_explained()
 def train_expert(
     checkpoint_path: str | Path,
     dataset: PreferenceDataset,
@@ -87,6 +78,9 @@ def train_expert(
     resume: bool = False,
     on_step: Callable[[StepRecord], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    metrics: Sequence[MetricsSink] = (),
+    sample_every: int = 0,
+    on_samples: Callable[[Samples], None] | None = None,
 ) -> TrainResult:
     """Train one expert and save it to `out_path` (kohya keys; see experts/expert_file.py).
 
@@ -100,73 +94,88 @@ def train_expert(
         with_experts: part of the model, frozen, in training and as its reference; the result is without them. By
             default nothing is attached, so that a style LoRA is trained apart from the experts it will be stacked on.
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
-        on_step: called after every encoded group and every optimizer step.
+        on_step: called after every encoded group and every optimizer step; like `metrics` and `on_samples` in the main
+            process only.
         should_stop: asked before every forward pass; True saves what there is and ends the run.
+        metrics: where the metrics of every step go, also those of the steps before a resumption.
+        sample_every: draw a pair's two prompts before the first step and every so many steps; 0: never.
+        on_samples: takes the drawn pictures.
 
     Raises:
         InputError: dataset, checkpoint, recipe or resume state are unusable; the message names the file or field.
-        SafetyExpertsError: the loss is not finite, or the file could not be written; nothing half-written stays.
+        SafetyExpertsError: the loss is not finite, memory or disk are full; the message says what was kept.
         TrainingStoppedError: stopped before the first step.
 
     Source: Diffusion-DPO (arXiv 2311.12908) with AlignGuard's recipe (arXiv 2412.10493); see methods §1.
     """
-    notify = on_step or (lambda record: None)
     stop_asked = should_stop or (lambda: False)
     processes, target_device = Processes.from_launcher() if device is None else (Processes(), torch.device(device))
     processes.check(recipe)
+    notify = on_step if on_step and processes.is_main else (lambda record: None)
     pairs = dataset.training_pairs(category)
     checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
     dtype = compute_dtype(recipe, target_device)
+
+    def encoded(stage: str, done: int, total: int) -> None:
+        notify(StepRecord(stage, done, total))
+        if stop_asked():
+            raise TrainingStoppedError("stopped while encoding the dataset; the next run goes on from there")
+
     with processes.main_first():
-        cache = _encode(dataset, pairs, checkpoint, recipe, target_device, dtype, notify, stop_asked)
+        cache = encode_dataset(dataset, pairs, checkpoint, recipe, target_device, dtype, encoded)
     info = _describe(checkpoint, dataset, pairs, recipe, category)
     if with_experts:
         info["trained_with"] = [expert.origin() for expert in with_experts]
-
-    # A CPU keeps float32 weights and lets autocast convert them; elsewhere they would only take memory.
-    unet: Any = checkpoint.load_unet(
-        dtype=torch.float32 if target_device.type == "cpu" else dtype, device=target_device
-    )
-    for expert in with_experts:
-        add_frozen(unet, expert)
-    attach_lora(unet, recipe)
-    if recipe.gradient_checkpointing:
-        unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
-        unet.enable_gradient_checkpointing()
-    denoiser = UNetDenoiser(
-        unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, dtype if dtype != torch.float32 else None
-    )
+    unet, denoiser = load_policy(checkpoint, recipe, with_experts, target_device, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
     held_out = HeldOut(set_aside, cache, recipe, target_device) if set_aside else None
     plan = BatchPlan(trained_on, cache, recipe)
-    run = TrainingRun(unet, denoiser, plan, recipe, target_device, processes, held_out)
+    bank = open_bank(cache, recipe, with_experts, dtype, processes)
+    run = TrainingRun(unet, denoiser, plan, recipe, target_device, processes, held_out, bank)
     state_path = resume_path(out_path)
     identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
     identity["trained_with"] = info.get("trained_with")
     if resume:
-        run.restore(state_path, identity)
+        restore_state(run, state_path, identity)
+    drawer = None
+    if processes.is_main:
+        remove_leftovers(state_path)
+        remove_leftovers(out_path)
+        for sink in metrics:
+            sink.start(run.records)
+        if sample_every and on_samples:
+            drawer = SampleDrawer(checkpoint, cache, (set_aside or trained_on)[0], target_device)
+            if not run.step:
+                on_samples(drawer.draw(run, 0))
 
     stopped = False
-    while run.step < recipe.steps and not stopped and not run.stop_reason:
-        metrics = run.take_step(stop_asked)
-        stopped = metrics is None
-        if metrics is not None:
-            notify(StepRecord("train", run.step, recipe.steps, metrics))
-        if (
-            processes.is_main
-            and run.step
-            and (stopped or run.step % recipe.save_steps == 0)
-            and run.step < recipe.steps
-        ):
-            run.save(state_path, identity)
+    try:
+        while run.step < recipe.steps and not stopped and not run.stop_reason:
+            step_metrics = run.take_step(stop_asked)
+            stopped = step_metrics is None
+            if step_metrics is not None and processes.is_main:
+                for sink in metrics:
+                    sink.add(run.step, step_metrics)
+                notify(StepRecord("train", run.step, recipe.steps, step_metrics))
+            is_due = stopped or run.step % recipe.save_steps == 0
+            if processes.is_main and is_due and 0 < run.step < recipe.steps:
+                save_state(run, state_path, identity)
+            if drawer and on_samples and not stopped and (run.step % sample_every == 0 or run.step == recipe.steps):
+                on_samples(drawer.draw(run, run.step))
+    except StepError as error:
+        kept = _rescue(run, state_path, identity, info, Path(out_path))
+        raise SafetyExpertsError(f"{error}; {kept}") from error
+    finally:
+        for sink in metrics:
+            sink.close()
+    if bank:
+        bank.flush()
     if not run.step:
         raise TrainingStoppedError("stopped before the first training step; nothing was saved")
 
     if run.stop_reason:
         logger.info("training ended at step %d of %d: %s", run.step, recipe.steps, run.stop_reason)
-    step = run.finish()
-    info |= {"step": step, "metrics": {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items()}}
-    expert = Expert(layers=read_layers(unet, recipe.lora_alpha), info=info, name=Path(out_path).stem)
+    expert = _expert_of(run, run.finish(), info, Path(out_path))
     if processes.is_main:
         save_expert(expert, out_path)
         if not stopped:
@@ -174,22 +183,24 @@ def train_expert(
     return TrainResult(expert, Path(out_path), run.records, stopped)
 
 
-@torch.no_grad()
-def _encode(dataset, pairs, checkpoint, recipe, device, dtype, notify, stop_asked) -> PairCache:
-    def progress_of(stage: str) -> Callable[[int, int], None]:
-        def progress(done: int, total: int) -> None:
-            notify(StepRecord(stage, done, total))
-            if stop_asked():
-                raise TrainingStoppedError("stopped while encoding the dataset; the next run goes on from there")
+def _expert_of(run: TrainingRun, step: int, info: dict, path: Path) -> Expert:
+    """Return what the UNet carries as an expert of `step`."""
+    metrics = {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items()}
+    changes = {"resumed_with": run.changes} if run.changes else {}
+    info = {**info, "step": step, "metrics": metrics, **changes}
+    return Expert(layers=read_layers(run.unet, run.recipe.lora_alpha), info=info, name=path.stem)
 
-        return progress
 
-    # A CPU encodes in float32: encoding is done once, and bfloat16 would cost accuracy for little time.
-    cache = PairCache(dataset, checkpoint, device, torch.float32 if device.type == "cpu" else dtype)
-    cache.encode_pairs(pairs, flips=recipe.horizontal_flip, on_progress=progress_of("images"))
-    prompts = ["", *(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)]
-    cache.encode_prompts(prompts, on_progress=progress_of("prompts"))
-    return cache
+def _rescue(run: TrainingRun, state_path: Path, identity: dict, info: dict, out_path: Path) -> str:
+    """Save what there is after a step that failed, and return what that is in words."""
+    if not run.step:
+        return "nothing was trained yet"
+    save_state(run, state_path, identity)
+    kept = f"the state of step {run.step} is kept in {state_path.name}, from which resume goes on"
+    if step := run.rescue():
+        save_expert(_expert_of(run, step, info, out_path), out_path)
+        kept += f", and the expert of step {step} was saved as {out_path.name}"
+    return kept
 
 
 def _describe(checkpoint: Checkpoint, dataset, pairs, recipe, category) -> dict:

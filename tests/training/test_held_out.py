@@ -1,11 +1,14 @@
 import math
+import re
 
 import pytest
 import torch
 from conftest import MemoryCache, make_pair
 from safety_experts.errors import InputError
 from safety_experts.training.held_out import split_pairs
+from safety_experts.training.lora import adapter_off
 from safety_experts.training.recipe import Recipe, make_recipe
+from safety_experts.training.run_state import restore_state, save_state
 
 WATCHED = {"held_out_fraction": 0.34, "evaluate_steps": 2}
 
@@ -60,15 +63,51 @@ def test_drift_beyond_the_limit_ends_the_run(make_run):
     assert run.held_out.measure(run.unet, run.denoiser)["eval/drift"] <= 1e-3
 
 
+def test_a_chosen_error_that_rises_over_the_references_ends_the_run(make_run):
+    """SafeDPO exchanges the images of a pair that is labelled the wrong way round, so the chosen ones get worse."""
+
+    class SeparableCache(MemoryCache):
+        def latents(self, pair, *, flipped=False):
+            return torch.full((4, 4, 4), 1.5), torch.full((4, 4, 4), -1.5)
+
+    wrong = [make_pair(number, chosen_unsafe=True, rejected_unsafe=False) for number in range(6)]
+    options = {"objective": "safe-dpo", "beta": 500.0, "steps": 100, "learning_rate": 3e-2, "last_timestep": 600}
+    run = finish(make_run(SeparableCache(), wrong, **WATCHED, **options, rank=4, max_chosen_increase=0.03))
+    assert re.fullmatch(r"chosen_increase 0\.\d+ passed max_chosen_increase", run.stop_reason)
+    assert run.finish() < run.step < 100
+    assert run.held_out.measure(run.unet, run.denoiser)["eval/chosen_increase"] <= 0.03
+
+
+def test_the_chosen_increase_is_the_ratio_of_the_errors(make_run):
+    run = make_run(**WATCHED)
+    for _ in range(5):
+        run.take_step(lambda: False)
+    recipe, plan = run.held_out.recipe, run.held_out.plan
+    errors = {"policy": 0.0, "reference": 0.0}
+    for number in range(run.held_out.num_batches):
+        batch = plan.batch(number)
+        conditions = plan.cache.conditions(batch.prompts)
+        noisy = run.denoiser.add_noise(batch.chosen, batch.noise, batch.timesteps)
+        with torch.no_grad():
+            policy = run.denoiser.predict(noisy, batch.timesteps, conditions)
+            with adapter_off(run.unet):
+                reference = run.denoiser.predict(noisy, batch.timesteps, conditions)
+        errors["policy"] += (policy - batch.noise).square().mean().item()
+        errors["reference"] += (reference - batch.noise).square().mean().item()
+    measured = run.held_out.measure(run.unet, run.denoiser)["eval/chosen_increase"]
+    assert measured == pytest.approx(errors["policy"] / errors["reference"] - 1, abs=1e-6)
+    assert measured != 0 and recipe.caption_dropout_fraction == 0
+
+
 def test_a_resumed_run_remembers_its_best(make_run, tmp_path):
     options = {**WATCHED, "steps": 12, "learning_rate": 5e-3, "patience": 9, "ema_decay": 0.3}
     straight = finish(make_run(**options))
     first = make_run(**options)
     for _ in range(7):
         first.take_step(lambda: False)
-    first.save(tmp_path / "a.resume", {})
+    save_state(first, tmp_path / "a.resume", {})
     second = make_run(**options)
-    second.restore(tmp_path / "a.resume", {})
+    restore_state(second, tmp_path / "a.resume", {})
     finish(second)
     assert second.best_step == straight.best_step
     for name, value in straight.best.items():

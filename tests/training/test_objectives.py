@@ -191,6 +191,10 @@ def test_metrics_carry_trl_names_and_accuracy_counts_positive_logits():
         "rewards/rejected": 0.0,
         "rewards/margins": 0.0,
         "rewards/accuracies": 0.5,
+        "gradient_factor": 0.5,  # of u = 1 and -1
+        "error_margin": 1.0,
+        "error/chosen": 2.0,
+        "error/reference_chosen": 2.0,
     }
 
 

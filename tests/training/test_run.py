@@ -9,6 +9,7 @@ from safety_experts.training.denoiser import UNetDenoiser
 from safety_experts.training.lora import adapter_off, attach_lora, lora_modules, lora_parameters, read_layers
 from safety_experts.training.recipe import Recipe, load_recipe, shipped_recipes
 from safety_experts.training.run import TrainingRun, learning_rate_at
+from safety_experts.training.run_state import restore_state, save_state
 from safety_experts.training.step_loss import batch_loss
 
 
@@ -99,9 +100,9 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_tensors(make_run, tmp_path
     options = {"schedule": "cosine", "anchor_weight": 5.0, "ema_decay": 0.5, "accumulation_steps": 2}
     straight = train(make_run(**options))
     first = train(make_run(**options), steps=stop_at)
-    first.save(tmp_path / "a.resume", {"seed": 0})
+    save_state(first, tmp_path / "a.resume", {"seed": 0})
     second = make_run(**options)
-    second.restore(tmp_path / "a.resume", {"seed": 0})
+    restore_state(second, tmp_path / "a.resume", {"seed": 0})
     assert second.step == stop_at
     train(second)
     assert_same(weights_of(straight), weights_of(second))
@@ -120,14 +121,14 @@ def test_a_stop_in_the_middle_of_accumulation_changes_nothing(make_run):
 
 def test_resuming_something_else_names_what_differs(make_run, tmp_path):
     run = train(make_run(), steps=1)
-    run.save(tmp_path / "a.resume", {"seed": 0})
+    save_state(run, tmp_path / "a.resume", {"seed": 0})
     with pytest.raises(InputError, match="its seed was 0, now it is 1"):
-        make_run().restore(tmp_path / "a.resume", {"seed": 1})
+        restore_state(make_run(), tmp_path / "a.resume", {"seed": 1})
     with pytest.raises(InputError, match=r"cannot resume from .*missing.resume"):
-        make_run().restore(tmp_path / "missing.resume", {})
+        restore_state(make_run(), tmp_path / "missing.resume", {})
     (tmp_path / "a.resume").write_bytes((tmp_path / "a.resume").read_bytes()[:100])
     with pytest.raises(InputError, match=r"cannot resume from .*a.resume"):
-        make_run().restore(tmp_path / "a.resume", {"seed": 0})
+        restore_state(make_run(), tmp_path / "a.resume", {"seed": 0})
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_run):

@@ -10,7 +10,7 @@ import torch
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.demo.world import prompt_for, render_scene
-from safety_experts.errors import InputError, SafetyExpertsError
+from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import kohya_name
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
@@ -86,12 +86,10 @@ def test_a_stopped_run_saves_and_its_resumption_equals_an_uninterrupted_run(expe
     assert out.read_bytes() == expert_path.read_bytes()
 
 
-def test_stopping_before_the_first_step_or_a_bad_loss_leaves_nothing(dataset, tmp_path):
+def test_stopping_before_the_first_step_leaves_nothing(dataset, tmp_path):
     out = tmp_path / "violence.safetensors"
     with pytest.raises(TrainingStoppedError, match="nothing was saved"):
         train(dataset, out, should_stop=lambda: True)
-    with pytest.raises(SafetyExpertsError, match=r"the loss became (nan|inf)"):
-        train(dataset, out, "learning_rate=1e30", "beta=1e9", "precision=fp32", "anchor_weight=0")
     with pytest.raises(InputError, match="cannot resume"):
         train(dataset, out, resume=True)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,97 @@
+"""What a training run needs before its first step: the dataset encoded, the UNet with a fresh LoRA."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..experts.expert import Expert
+from ..preferences.dataset import PreferenceDataset, PreferencePair
+from .cache import PairCache
+from .checkpoint import Checkpoint, make_denoiser
+from .denoiser import Denoiser
+from .lora import add_frozen, attach_lora
+from .processes import Processes
+from .recipe import Recipe
+from .reference_bank import ReferenceBank
+from .tensor_store import TensorStore
+
+
+def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return what the UNet computes in: the recipe's precision, or bfloat16 where the device is fast at it."""
+    if recipe.precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
+        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
+    return torch.float32
+
+
+@torch.no_grad()
+def encode_dataset(
+    dataset: PreferenceDataset,
+    pairs: Sequence[PreferencePair],
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[str, int, int], None],
+) -> PairCache:
+    """Return the cache of latents and prompts; `on_progress` takes the stage ("images", "prompts"), done and total."""
+    # A CPU encodes in float32: encoding is done once, and bfloat16 would cost accuracy for little time.
+    cache = PairCache(dataset, checkpoint, device, torch.float32 if device.type == "cpu" else dtype)
+    cache.encode_pairs(pairs, flips=recipe.horizontal_flip, on_progress=partial(on_progress, "images"))
+    prompts = ["", *(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)]
+    cache.encode_prompts(prompts, on_progress=partial(on_progress, "prompts"))
+    return cache
+
+
+def open_bank(
+    cache: PairCache, recipe: Recipe, with_experts: Sequence[Expert], dtype: torch.dtype, processes: Processes
+) -> ReferenceBank | None:
+    """Return where the reference's predictions are kept, beside the dataset's cache; None if draws never repeat."""
+    if not recipe.reference_epochs:
+        return None
+    # Each process has its own rows of a batch, so nothing is gained by sharing a file.
+    store = TensorStore(cache.folder, f"reference-{processes.rank}of{processes.count}")
+    return ReferenceBank(repr((dtype, [expert.tensors_sha256() for expert in with_experts])), store)
+
+
+def tune_for_device(unet: nn.Module, device: torch.device) -> None:
+    """Choose what is fastest on a device and computes the same."""
+    if device.type == "cpu" and hasattr(unet, "set_attn_processor"):
+        from diffusers.models.attention_processor import Attention, AttnProcessor
+
+        # The backward pass of torch's fused attention takes a third of a step on a CPU, at the sizes a CPU can train.
+        for module in unet.modules():
+            if isinstance(module, Attention) and module.processor.__class__.__name__ == "AttnProcessor2_0":
+                module.set_processor(AttnProcessor())
+
+
+def load_policy(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    with_experts: Sequence[Expert],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[nn.Module, Denoiser]:
+    """Return the UNet, with these experts as part of it and a fresh LoRA, and its denoiser.
+
+    Raises:
+        InputError: an expert belongs to another model.
+    """
+    unet: Any = checkpoint.load_unet(dtype=dtype, device=device)
+    tune_for_device(unet, device)
+    for expert in with_experts:
+        add_frozen(unet, expert)
+    attach_lora(unet, recipe)
+    if recipe.gradient_checkpointing:
+        unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
+        unet.enable_gradient_checkpointing()
+    autocast_dtype = dtype if dtype != torch.float32 else None
+    return unet, make_denoiser(checkpoint, unet, autocast_dtype, recipe.flow_error)
