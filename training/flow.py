@@ -106,15 +106,21 @@ class FluxDenoiser(FlowDenoiser):
         places[..., 2] = torch.arange(columns, device=noisy.device)
         context = conditions["hidden_states"]
         guidance = torch.full_like(sigmas, FLUX_GUIDANCE) if self.unet.config.guidance_embeds else None
-        velocity = self.unet(
-            patches.reshape(batch, rows * columns, channels * 4),
-            encoder_hidden_states=context,
-            pooled_projections=conditions["pooled"],
-            timestep=sigmas,  # the model multiplies by 1000 itself, and guidance too
-            img_ids=places.view(-1, 3),
-            txt_ids=torch.zeros(context.shape[1], 3, device=noisy.device),
-            guidance=guidance,
-            return_dict=False,
-        )[0]
+        levels = [sigmas * 1000] if guidance is None else [sigmas * 1000, guidance * 1000]
+        # Unlike ComfyUI, diffusers rounds these to the compute dtype, and bfloat16 tells 896 from 900 only.
+        hook = self.unet.time_text_embed.register_forward_pre_hook(lambda module, args: (*levels, args[-1]))
+        try:
+            velocity = self.unet(
+                patches.reshape(batch, rows * columns, channels * 4),
+                encoder_hidden_states=context,
+                pooled_projections=conditions["pooled"],
+                timestep=sigmas,  # the model multiplies by 1000 itself, and guidance too
+                img_ids=places.view(-1, 3),
+                txt_ids=torch.zeros(context.shape[1], 3, device=noisy.device),
+                guidance=guidance,
+                return_dict=False,
+            )[0]
+        finally:
+            hook.remove()
         patches = velocity.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return patches.reshape(batch, channels, height, width)
