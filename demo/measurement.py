@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from PIL import Image
 
 from ..evaluation.statistics import Rate, rate_of
+from ..experts.expert import Expert
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .oracle import Reading, read_image
-from .world import MARKS, parse_prompt
+from .toy_sampling import ToySampler
+from .world import COLOURS, MARKS, SHAPES, parse_prompt, prompt_for
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,32 @@ def measure_dataset(dataset: PreferenceDataset) -> dict[str, Measurement]:
         for category in pair.categories:
             if category in MARKS:
                 readings.setdefault(category, []).append((pair.prompt, read_image(rejected)))
+    return {group: measure(items) for group, items in readings.items()}
+
+
+def measure_expert(
+    sampler: ToySampler, expert: Expert | None, num_unsafe: int, num_safe: int, first_seed: int
+) -> dict[str, Measurement]:
+    """Draw with an expert (None: the base model) and read.
+
+    Args:
+        num_unsafe: images for each category; colours and shapes take turns.
+        num_safe: images without a mark.
+        first_seed: of the images' noises, which are the same for every expert.
+
+    Returns:
+        As `measure_dataset`, and "unsafe" -> rates over the images of all unsafe prompts.
+    """
+    groups = {**{category: (mark, num_unsafe) for category, mark in MARKS.items()}, "safe": (None, num_safe)}
+    scenes = [(group, mark, index) for group, (mark, count) in groups.items() for index in range(count)]
+    # 24 colours and shapes; the stride of 7 spreads a few images over all of them.
+    subjects = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    prompts = [prompt_for(*subjects[index * 7 % len(subjects)], mark) for _, mark, index in scenes]
+    read = sampler.read(prompts, range(first_seed, first_seed + len(prompts)), expert)
+    readings: dict[str, list[tuple[str, Reading]]] = {}
+    for (group, mark, _), prompt, reading in zip(scenes, prompts, read, strict=True):
+        for name in (group, "unsafe") if mark else (group,):
+            readings.setdefault(name, []).append((prompt, reading))
     return {group: measure(items) for group, items in readings.items()}
 
 

@@ -20,6 +20,7 @@ from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
 from ..training.checkpoint import load_checkpoint
 from ..training.denoiser import UNetDenoiser
+from ..training.preparation import tune_for_device
 from .comfyui import find_comfyui
 from .oracle import Reading, read_image
 from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
@@ -42,6 +43,7 @@ class ToySampler:
         self.tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
         checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
         self.unet = checkpoint.load_unet()
+        tune_for_device(self.unet, torch.device("cpu"))
         self._denoiser = UNetDenoiser(self.unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, torch.bfloat16)
         self._vae = checkpoint.load_vae()
         self._text_encoder = checkpoint.load_text_encoder()

@@ -42,6 +42,7 @@ class BatchPlan:
         self.pairs, self.cache, self.recipe = list(pairs), cache, recipe
         self._shapes = [tuple(cache.latents(pair)[0].shape) for pair in self.pairs]
         self._epoch_batches = len(self._order(0))
+        self._bank_size = recipe.reference_epochs * self._epoch_batches
 
     def _order(self, epoch: int) -> list[list[int]]:
         generator = seeded_generator(self.recipe.seed, "order", epoch)
@@ -56,8 +57,15 @@ class BatchPlan:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
     def batch(self, number: int) -> Batch:
-        """Return the `number`-th forward pass of the run (from 0)."""
+        """Return the `number`-th forward pass of the run (from 0).
+
+        After the recipe's `reference_epochs` the same batches come again, draws and all, each time in a new order.
+        """
         recipe = self.recipe
+        if self._bank_size and number >= self._bank_size:
+            cycle, position = divmod(number, self._bank_size)
+            generator = seeded_generator(recipe.seed, "bank", cycle)
+            number = int(torch.randperm(self._bank_size, generator=generator)[position])
         epoch, position = divmod(number, self._epoch_batches)
         pairs = [self.pairs[index] for index in self._order(epoch)[position]]
         generator = seeded_generator(recipe.seed, "batch", number)

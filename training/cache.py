@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..files import sha256_of_file
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from ..preferences.images import read_image
+from .buckets import fit_bucket
 from .checkpoint import Checkpoint
 from .tensor_store import TensorStore
 
@@ -24,13 +25,18 @@ PASSES_PER_SHARD = 16
 OnProgress = Callable[[int, int], None]  # (done, total)
 
 
-def read_pixels(path: Path) -> Tensor:
+def read_pixels(path: Path, resolution_px: int | None = None) -> Tensor:
     """Read an image as [3, h, w] float32 in [0, 1], cropped at the centre to multiples of 8 pixels.
+
+    Args:
+        resolution_px: larger images are first brought into their bucket (buckets.py); None takes them as they are.
 
     Raises:
         InputError: the file is missing, truncated or smaller than 8 pixels.
     """
     image = read_image(path)
+    if resolution_px:
+        image = fit_bucket(image, resolution_px)
     width_px, height_px = image.width // 8 * 8, image.height // 8 * 8
     if not width_px or not height_px:
         raise InputError(f"image {path} is {image.width}x{image.height} px; at least 8x8 is needed")
@@ -46,21 +52,30 @@ class PairCache:
         dataset: the images live here; the cache in its `.cache` folder.
         checkpoint: its VAE and text encoders do the encoding, one after the other, and are freed afterwards.
         device, dtype: where and in what precision to encode.
+        resolution_px: images of a larger area are brought into aspect-ratio buckets of this one; None: as they are.
     """
 
-    def __init__(self, dataset: PreferenceDataset, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        dataset: PreferenceDataset,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        resolution_px: int | None = None,
+    ):
         self.dataset, self.checkpoint = dataset, checkpoint
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.resolution_px = device, dtype, resolution_px
         precision = str(dtype).removeprefix("torch.")
-        folder = Path(dataset.folder) / ".cache" / f"{checkpoint.sha256[:16]}-{precision}"
-        self._latents = TensorStore(folder, "latents")
-        self._text = TensorStore(folder, "text")
+        self.folder = Path(dataset.folder) / ".cache" / f"{checkpoint.sha256[:16]}-{precision}"
+        self._latents = TensorStore(self.folder, "latents")
+        self._text = TensorStore(self.folder, "text")
         self._image_keys: dict[Path, str] = {}
 
     def _image_key(self, path: Path, flipped: bool) -> str:
         if path not in self._image_keys:
             self._image_keys[path] = sha256_of_file(path)[:32]
-        return self._image_keys[path] + ("-flipped" if flipped else "")
+        size = f"-{self.resolution_px}px" if self.resolution_px else ""
+        return self._image_keys[path] + size + ("-flipped" if flipped else "")
 
     def encode_pairs(self, pairs: Sequence[PreferencePair], *, flips: bool, on_progress: OnProgress) -> None:
         """Encode the images of `pairs` that are not yet in the cache (mirrored too where `flips`).
@@ -82,7 +97,7 @@ class PairCache:
         for group in _chunks(list(missing.items()), IMAGES_PER_PASS):
             by_shape: dict[torch.Size, list[tuple[str, Tensor]]] = {}
             for key, (path, flipped) in group:
-                pixels = read_pixels(path)
+                pixels = read_pixels(path, self.resolution_px)
                 by_shape.setdefault(pixels.shape, []).append((key, pixels.flip(-1) if flipped else pixels))
             for items in by_shape.values():
                 latents = vae.encode_images(torch.stack([pixels for _, pixels in items])).float().cpu()

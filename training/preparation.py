@@ -44,7 +44,7 @@ def encode_dataset(
 ) -> PairCache:
     """Return the cache of latents and prompts; `on_progress` takes the stage ("images", "prompts"), done and total."""
     # A CPU encodes in float32: encoding is done once, and bfloat16 would cost accuracy for little time.
-    cache = PairCache(dataset, checkpoint, device, torch.float32 if device.type == "cpu" else dtype)
+    cache = PairCache(dataset, checkpoint, device, torch.float32 if device.type == "cpu" else dtype, recipe.resolution)
     cache.encode_pairs(pairs, flips=recipe.horizontal_flip, on_progress=partial(on_progress, "images"))
     prompts = ["", *(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)]
     cache.encode_prompts(prompts, on_progress=partial(on_progress, "prompts"))

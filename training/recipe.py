@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
+from ..experts.expert import Expert
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -115,6 +116,12 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     first_timestep: int = Field(0, ge=0, le=999, description="Smallest noise level trained (0 is least noisy).")
     last_timestep: int = Field(999, ge=0, le=999, description="Largest noise level trained.")
+    resolution: int | None = Field(
+        None,
+        ge=64,
+        description="Bring images of more than this many pixels squared into aspect-ratio buckets of that area; empty: "
+        "train at the size they have.",
+    )
     horizontal_flip: bool = Field(False, description="Mirror half of the pairs, both images of a pair together.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 where the device has it.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
@@ -158,12 +165,33 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
+    return make_recipe(values | _parse_overrides(overrides), source=str(name_or_path))
+
+
+def recipe_of_expert(expert: Expert, overrides: Sequence[str] = ()) -> tuple[Recipe, str | None]:
+    """Return (the recipe that an expert was trained by, its category or None for all), from its metadata.
+
+    Raises:
+        InputError: it holds none, because it was merged, extracted or made elsewhere.
+    """
+    values = expert.info.get("recipe")
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{expert.name} holds no recipe: give an expert that `train` made, not a merged or a plain LoRA"
+        )
+    categories = expert.info.get("categories", [])
+    recipe = make_recipe(values | _parse_overrides(overrides), source=f"of {expert.name}")
+    return recipe, categories[0] if len(categories) == 1 else None
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    values = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise InputError(f"override {override!r} is not of the form key=value")
         values[key.strip()] = _parse_value(text)
-    return make_recipe(values, source=str(name_or_path))
+    return values
 
 
 def _parse_value(text: str) -> object:

@@ -18,14 +18,22 @@ from .objectives import (
     preserve_winner,
 )
 from .recipe import Recipe
+from .reference_bank import ReferenceBank
 
 
 def batch_loss(
-    unet: nn.Module, denoiser: Denoiser, cache: PairCache, batch: Batch, recipe: Recipe, device: torch.device
+    unet: nn.Module,
+    denoiser: Denoiser,
+    cache: PairCache,
+    batch: Batch,
+    recipe: Recipe,
+    device: torch.device,
+    bank: ReferenceBank | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Return (loss [], metrics) of one forward pass: the objectives, plus anchor and SFT terms where the recipe asks.
 
-    Policy and reference each see chosen, rejected and anchor samples in one batch, [2b or 3b, c, h, w].
+    Policy and reference each see chosen, rejected and anchor samples in one batch, [2b or 3b, c, h, w]. With a `bank`
+    the reference runs only for batches the bank has not seen.
     """
     size = len(batch.chosen)
     latents, noise = [batch.chosen, batch.rejected], [batch.noise, batch.noise]
@@ -36,13 +44,18 @@ def batch_loss(
         noise.append(batch.anchor_noise)
         timesteps.append(torch.full_like(batch.timesteps, 999) if is_noise else batch.anchor_timesteps)
         prompts += [""] * size if is_noise else batch.anchor_prompts
-    x, eps, t = (torch.cat(parts).to(device) for parts in (latents, noise, timesteps))
+    inputs = [torch.cat(parts) for parts in (latents, noise, timesteps)]
+    x, eps, t = (part.to(device) for part in inputs)
     conditions = {name: value.to(device, torch.float32) for name, value in cache.conditions(prompts).items()}
     noisy, target = denoiser.add_noise(x, eps, t), denoiser.target(x, eps, t)
     if recipe.anchor_weight and recipe.anchor_samples == "noise":
         noisy[2 * size :] = eps[2 * size :]  # the schedule's last step still holds a little signal
-    with torch.no_grad(), adapter_off(unet):
-        reference = denoiser.predict(noisy, t, conditions)
+
+    def predict_reference() -> Tensor:
+        with torch.no_grad(), adapter_off(unet):
+            return denoiser.predict(noisy, t, conditions)
+
+    reference = bank.predict(*inputs, prompts, predict_reference).to(device) if bank else predict_reference()
     policy = denoiser.predict(noisy, t, conditions)
 
     policy_chosen, policy_rejected = policy.split(size)[:2]
