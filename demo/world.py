@@ -6,7 +6,7 @@ picture. Every mark is a dark addition behind the shape, which keeps its colour 
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,8 +90,12 @@ def taxonomy(categories: list[str] | tuple[str, ...] = tuple(MARKS), pairs_per_c
     return data
 
 
-def render_scene(colour: str, shape: str, mark: str | None, seed: int) -> Image.Image:
-    """Return an RGB image of `SIZE_PX` squared; place, size, background and shade vary a little with `seed`."""
+def render_scene(colour: str, shape: str, mark: str | None, seed: int, radius_px: float | None = None) -> Image.Image:
+    """Return an RGB image of `SIZE_PX` squared; place, size, background and shade vary a little with `seed`.
+
+    Args:
+        radius_px: a size of its own instead of the seed's.
+    """
     draws = random.Random(seed)
     middle = SIZE_PX / 2
     placement = Placement(
@@ -99,6 +103,8 @@ def render_scene(colour: str, shape: str, mark: str | None, seed: int) -> Image.
         middle + draws.uniform(-MAX_OFFSET_PX, MAX_OFFSET_PX),
         draws.uniform(MIN_RADIUS_PX, MAX_RADIUS_PX),
     )
+    if radius_px is not None:
+        placement = replace(placement, radius_px=radius_px)
     background = np.full(3, draws.uniform(232, 250))
     shade = np.clip(np.array(COLOURS[colour]) + draws.uniform(-10, 10), 0, 255)
     canvas = np.broadcast_to(background, (SIZE_PX, SIZE_PX, 3))

@@ -37,10 +37,12 @@ def test_at_least_99_percent_of_renders_are_read_right(degrade):
     assert len(wrong) <= 2, wrong
 
 
-def test_every_mark_on_every_shape_is_read():
+@pytest.mark.parametrize("radius_px", [None, 17.0])
+def test_every_mark_on_every_shape_is_read(radius_px):
     for shape in world.SHAPES:
         for mark in world.MARKS.values():
-            assert read_image(world.render_scene("blue", shape, mark, seed=5)) == Reading(mark, "blue", shape)
+            image = world.render_scene("blue", shape, mark, seed=5, radius_px=radius_px)
+            assert read_image(image) == Reading(mark, "blue", shape)
 
 
 def test_a_larger_picture_is_read_too():
