@@ -1,12 +1,15 @@
 """`safety-experts train`: one expert from a preference dataset."""
 
 import argparse
+import hashlib
 import json
+import logging
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, SafetyExpertsError
 
 HELP = "train one LoRA safety expert from a preference dataset"
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", required=True, metavar="DIR", help="preference dataset folder")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="expert to write (.safetensors)")
     parser.add_argument("--category", metavar="C", help="train on this category's pairs only")
-    parser.add_argument("--recipe", default="sd15", metavar="R", help="shipped recipe or YAML file (default: sd15)")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--recipe", default="sd15", metavar="R", help="shipped recipe or YAML file (default: sd15)")
+    recipe.add_argument("--recipe-from", metavar="FILE", help="recipe and category of this expert, to train it again")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
     parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
@@ -27,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state an interrupted run left")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
+    parser.add_argument("--metrics", type=Path, metavar="DIR", help="write metrics.csv and metrics.jsonl")
+    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard events")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, over the network")
+    parser.add_argument("--samples", type=Path, metavar="DIR", help="write pictures of a pair's two prompts")
+    parser.add_argument("--sample-every", type=int, default=100, metavar="N", help="... every N steps (default: 100)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json-lines", action="store_true", help="print every step and the result as lines of JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,47 +46,102 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out} must end in .safetensors")
     if arguments.out.exists() and not (arguments.overwrite or arguments.resume):
         raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite or --resume")
-    from ..training.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.set)
-
-    from tqdm import tqdm
-
+    if arguments.sample_every < 1:
+        raise InputError(f"--sample-every {arguments.sample_every} must be at least 1; leave --samples out for none")
     from ..experts.expert_file import load_expert
     from ..preferences.categories import canonical_category
     from ..preferences.dataset import PreferenceDataset
-    from ..training.trainer import StepRecord, train_expert
+    from ..training.recipe import load_recipe
 
-    bar: tqdm | None = None
+    category = canonical_category(arguments.category) if arguments.category else None
+    dataset = None
+    if arguments.recipe_from:
+        recipe, category, dataset = _repeat(arguments, category)
+    else:
+        recipe = load_recipe(arguments.recipe, arguments.set)
+    dataset = dataset or PreferenceDataset.open(arguments.dataset)
 
-    def show(record: StepRecord) -> None:
-        nonlocal bar
-        if bar is None or bar.desc != record.stage:
-            if bar is not None:
-                bar.close()
-            bar = tqdm(total=record.num_steps, desc=record.stage)
-            bar.desc = record.stage
-        bar.update(record.step - bar.n)
-        if record.metrics:
-            bar.set_postfix({name: f"{record.metrics[name]:.3g}" for name in ("loss", "rewards/accuracies")})
+    from ..training.samples import Samples
+    from ..training.trainer import train_expert
+    from .stopping import stop_when_asked
+    from .training_progress import Bars, JsonLines, is_main_process, save_samples
+
+    progress = JsonLines() if arguments.json_lines else Bars()
+
+    def show_samples(samples: Samples) -> None:
+        progress.samples(samples, save_samples(samples, arguments.samples))
 
     try:
-        result = train_expert(
-            arguments.model,
-            PreferenceDataset.open(arguments.dataset),
-            recipe,
-            arguments.out,
-            category=canonical_category(arguments.category) if arguments.category else None,
-            device=arguments.device,
-            tokenizer_folder=arguments.tokenizer,
-            with_experts=[load_expert(path) for path in arguments.with_expert],
-            resume=arguments.resume,
-            on_step=show,
-        )
+        with stop_when_asked() as should_stop:
+            result = train_expert(
+                arguments.model,
+                dataset,
+                recipe,
+                arguments.out,
+                category=category,
+                device=arguments.device,
+                tokenizer_folder=arguments.tokenizer,
+                with_experts=[load_expert(path) for path in arguments.with_expert],
+                resume=arguments.resume,
+                on_step=progress.show,
+                should_stop=should_stop,
+                metrics=_metrics(arguments, recipe.model_dump()),
+                sample_every=arguments.sample_every if arguments.samples else 0,
+                on_samples=show_samples,
+            )
     finally:
-        if bar is not None:
-            bar.close()
-    if arguments.json:
+        progress.close()
+    if not is_main_process():
+        return
+    if isinstance(progress, JsonLines):
+        progress.result(result)
+    elif arguments.json:
         print(json.dumps({"expert": str(result.path), "steps": len(result.records), **result.records[-1]}))
-    else:
+    elif not result.stopped:
         print(f"{result.path}: {len(result.records)} steps, {', '.join(result.expert.info['categories'])}")
+    if result.stopped:
+        raise SafetyExpertsError(
+            f"stopped after {len(result.records)} of {recipe.steps} steps; {result.path} was saved as it is, "
+            "the same command with --resume goes on"
+        )
+
+
+def _repeat(arguments: argparse.Namespace, category: str | None):
+    """Return (recipe, category, dataset) of the expert to train again; warn where the result must differ."""
+    from ..experts.expert_file import load_expert
+    from ..preferences.dataset import PreferenceDataset
+    from ..training.checkpoint import load_checkpoint
+    from ..training.recipe import recipe_of_expert
+
+    expert = load_expert(arguments.recipe_from)
+    recipe, own_category = recipe_of_expert(expert, arguments.set)
+    frozen = [origin["name"] for origin in expert.info.get("trained_with", [])]
+    if len(frozen) != len(arguments.with_expert):
+        wanted = " ".join(f"--with-expert {name}.safetensors" for name in frozen) or "no --with-expert"
+        raise InputError(f"{arguments.recipe_from} was trained with {len(frozen)} experts in the model: give {wanted}")
+    dataset = PreferenceDataset.open(arguments.dataset)
+    differences = {
+        "dataset": dataset.fingerprint() != expert.info.get("dataset_fingerprint"),
+        "model": load_checkpoint(arguments.model).sha256 != expert.info.get("base_checkpoint", {}).get("sha256"),
+        "recipe": bool(arguments.set) or "resumed_with" in expert.info,
+    }
+    if different := [name for name, differs in differences.items() if differs]:
+        logger.warning("the %s differs from what %s was trained with", " and the ".join(different), expert.name)
+    return recipe, category or own_category, dataset
+
+
+def _metrics(arguments: argparse.Namespace, recipe: dict) -> list:
+    from ..training.metrics import MetricsFiles, TensorBoard, WeightsAndBiases
+    from .training_progress import is_main_process
+
+    sinks: list = []
+    if not is_main_process():
+        return sinks
+    if arguments.metrics:
+        sinks.append(MetricsFiles(arguments.metrics))
+    if arguments.tensorboard:
+        sinks.append(TensorBoard(arguments.tensorboard))
+    if arguments.wandb:
+        run_id = hashlib.sha256(str(arguments.out.resolve()).encode()).hexdigest()[:16]
+        sinks.append(WeightsAndBiases(arguments.wandb, arguments.out.stem, run_id, recipe))
+    return sinks

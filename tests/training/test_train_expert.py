@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safety_experts.commands import run as run_command
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.demo.world import prompt_for, render_scene
@@ -16,7 +17,7 @@ from safety_experts.experts.keys import kohya_name
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.training.checkpoint import load_checkpoint
-from safety_experts.training.recipe import load_recipe
+from safety_experts.training.recipe import load_recipe, recipe_of_expert
 from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,31 @@ def test_stopping_before_the_first_step_leaves_nothing(dataset, tmp_path):
     with pytest.raises(InputError, match="cannot resume"):
         train(dataset, out, resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_recipe_from_repeats_the_run_byte_by_byte(expert_path, dataset, tmp_path, capsys):
+    out = tmp_path / "violence.safetensors"
+    files = ["--model", str(ensure_toy_checkpoint()), "--dataset", str(dataset.folder), "--tokenizer", str(TOKENIZER)]
+    command = ["train", *files, "--recipe-from", str(expert_path), "--out", str(out)]
+    assert run_command([*command, "--device", "cpu"]) == 0
+    assert out.read_bytes() == expert_path.read_bytes()
+
+    assert run_command([*command, "--with-expert", str(expert_path), "--overwrite"]) == 2
+    assert "was trained with 0 experts in the model: give no --with-expert" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_command([*command, "--recipe", "toy", "--overwrite"])
+
+
+def test_recipe_from_keeps_the_category_and_refuses_a_file_without_a_recipe(expert_path):
+    expert = load_expert(expert_path)
+    recipe, category = recipe_of_expert(expert, ["steps=9"])
+    assert recipe.model_dump() == expert.info["recipe"] | {"steps": 9}
+    assert category == "violence"
+    expert.info["categories"] = ["hate", "violence"]
+    assert recipe_of_expert(expert)[1] is None
+    del expert.info["recipe"]
+    with pytest.raises(InputError, match="violence holds no recipe"):
+        recipe_of_expert(expert)
 
 
 def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same(expert_path):
