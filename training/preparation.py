@@ -59,7 +59,7 @@ def open_bank(
         return None
     # Each process has its own rows of a batch, so nothing is gained by sharing a file.
     store = TensorStore(cache.folder, f"reference-{processes.rank}of{processes.count}")
-    origin = (dtype, recipe.anchor_samples, [expert.tensors_sha256() for expert in with_experts])
+    origin = (dtype, recipe.flow_error, recipe.anchor_samples, [expert.tensors_sha256() for expert in with_experts])
     return ReferenceBank(repr(origin), store)
 
 

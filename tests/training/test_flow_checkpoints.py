@@ -307,6 +307,13 @@ def test_cached_equals_uncached(single, dataset, tokenizer_folder, tmp_path):
     assert cached.keys() == encoded.keys() and all(torch.equal(cached[key], encoded[key]) for key in cached)
 
 
+def test_kept_reference_predictions_do_not_mix_the_two_errors(single, dataset, tokenizer_folder, tmp_path):
+    for error in ("velocity", "x0"):
+        path = tmp_path / f"{error}.safetensors"
+        result = train(single, dataset, path, tokenizer_folder, flow_error=error, reference_epochs=1)
+        assert result.losses[0] == pytest.approx(np.log(2), abs=1e-4)
+
+
 def test_joint_attention_has_no_cross_attention_layers(single, dataset, tokenizer_folder, tmp_path):
     with pytest.raises(InputError, match="set targets to attention"):
         train(single, dataset, tmp_path / "a.safetensors", tokenizer_folder, targets="cross-attention")
