@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
-from ..files import append_text, write_atomically
+from ..files import append_text, remove_leftovers, write_atomically
 
 Metrics = Mapping[str, float]
 
@@ -42,6 +42,8 @@ class MetricsFiles:
     def start(self, records: Sequence[Metrics]) -> None:
         self._rows = [{"step": number, **record} for number, record in enumerate(records, start=1)]
         self._columns = list(dict.fromkeys(["step", *(name for row in self._rows for name in row)]))
+        for path in (self.csv_path, self.json_path):
+            remove_leftovers(path)
         self._write_csv()
         with write_atomically(self.json_path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
