@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
+from .concept_gate import SafetyExpertsConceptGate
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
@@ -24,6 +25,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsLoad,
             SafetyExpertsMerge,
             SafetyExpertsProtect,
+            SafetyExpertsConceptGate,
             SafetyExpertsApply,
             SafetyExpertsSave,
         ]

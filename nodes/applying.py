@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..errors import InputError
 from ..experts.blocks import known_categories, scale_categories
+from ..experts.concept_gate import ConceptGate
 from ..experts.expert import Expert
 from ..preferences.categories import CATEGORIES
 from . import gating, sockets
@@ -57,13 +58,25 @@ class SafetyExpertsApply(io.ComfyNode):
                     advanced=True,
                     tooltip="Up to this part of the sampling (1 is the end).",
                 ),
+                sockets.ConceptGate.Input(
+                    "gate",
+                    optional=True,
+                    tooltip="Limits each category to the prompts that ask for it, where it knows the category.",
+                ),
             ],
             outputs=[io.Model.Output("model"), io.Clip.Output("clip")],
         )
 
     @classmethod
     def execute(
-        cls, model, clip, expert: Expert, start_percent: float = 0.0, end_percent: float = 1.0, **strengths: float
+        cls,
+        model,
+        clip,
+        expert: Expert,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        gate: ConceptGate | None = None,
+        **strengths: float,
     ) -> io.NodeOutput:
         known = known_categories(expert)
         scaled = scale_categories(
@@ -72,20 +85,38 @@ class SafetyExpertsApply(io.ComfyNode):
             default=strengths[OTHER],
         )
         keys = _match_layers(scaled, model, clip)
+        if gate:
+            _check_gate(gate, scaled)
         patches = comfy.lora.load_lora(scaled.state_dict(), keys)
         patched_clip = clip.clone()
         patched_clip.add_patches(patches)
-        if (start_percent, end_percent) == (0.0, 1.0):
+        if gate is None and (start_percent, end_percent) == (0.0, 1.0):
             patched_model = model.clone()
             patched_model.add_patches(patches)
         else:
-            layers = {keys[name]: layer for name, layer in scaled.layers.items()}
-            patched_model = gating.add_gated_layers(model, layers, start_percent, end_percent)
+            patched_model = gating.add_gated_layers(model, keys, scaled, start_percent, end_percent, gate)
         return io.NodeOutput(patched_model, patched_clip)
 
 
 def _input_id(category: str) -> str:
     return category.replace("-", "_")
+
+
+def _check_gate(gate: ConceptGate, expert: Expert) -> None:
+    """Refuse a gate that would not do what its user expects.
+
+    Raises:
+        InputError: the expert has none of its categories, or changes the text encoder that the gate judges by.
+    """
+    if not set(known_categories(expert)) & set(gate.concepts):
+        raise InputError(
+            f"{expert.name} has none of the gate's categories ({', '.join(gate.concepts)}); "
+            "make the gate from prompts of the expert's categories"
+        )
+    if any(name.startswith("lora_te") for name in expert.layers):
+        raise InputError(
+            f"{expert.name} also changes the text encoder, which no gate can limit to some prompts; leave the gate out"
+        )
 
 
 def _match_layers(expert: Expert, model, clip) -> dict:

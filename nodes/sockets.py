@@ -10,6 +10,7 @@ PromptPairs = io.Custom("PROMPT_PAIRS")
 Dataset = io.Custom("PREFERENCE_DATASET")
 Expert = io.Custom("EXPERT")
 Recipe = io.Custom("TRAINING_RECIPE")
+ConceptGate = io.Custom("CONCEPT_GATE")
 
 ALL_CATEGORIES = "all"
 

@@ -1,8 +1,11 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+from safety_experts.experts.keys import kohya_name
+from safety_experts.training.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 def checkpoint(server: ComfyServer) -> str:
     """The toy checkpoint's name in the server's list of checkpoints."""
     return server.add_model(ensure_toy_checkpoint())
+
+
+@pytest.fixture(scope="session")
+def attention_shapes(server, checkpoint) -> dict[str, tuple[int, int]]:
+    """Kohya name -> (out, in) of every attention layer of the test model."""
+    path = server.base_directory / "models" / "checkpoints" / checkpoint
+    unet = load_checkpoint(path).load_unet(dtype=torch.float32, device="cpu")
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    return {
+        kohya_name(path): tuple(module.weight.shape)
+        for path, module in unet.named_modules()
+        if path.endswith(ends) and hasattr(module, "weight")
+    }

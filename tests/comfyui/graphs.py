@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.expert_file import save_expert
 from safety_experts.preferences.categories import CATEGORIES
 
 SIZE_PX = 64
@@ -80,6 +83,48 @@ def add_generation(graph: Graph, checkpoint: str, dataset_name: str, text: str, 
         checkpoint=checkpoint,
         **{**settings, **SAMPLING, **inputs},
     )
+
+
+def add_expert(graph: Graph, name: str) -> tuple[str, int]:
+    """Return a link to an expert of the loras folders."""
+    return graph.add("SafetyExpertsLoad", expert_name=f"{name}.safetensors"), 0
+
+
+def add_apply(graph: Graph, checkpoint: str, expert: tuple[str, int], model=None, **inputs: Any) -> str:
+    """Add Apply Safety Expert, by default to the checkpoint's model and with every strength at 1."""
+    loader = checkpoint_loader(graph, checkpoint)
+    common = {"model": model or (loader, 0), "clip": (loader, 1), "expert": expert}
+    return graph.add("SafetyExpertsApply", **common, **{**STRENGTHS, **inputs})
+
+
+def add_stock_loader(graph: Graph, checkpoint: str, name: str, strength: float = 1.0, model=None) -> str:
+    """Add ComfyUI's own LoRA loader."""
+    loader = checkpoint_loader(graph, checkpoint)
+    return graph.add(
+        "LoraLoader",
+        model=model or (loader, 0),
+        clip=(loader, 1),
+        lora_name=f"{name}.safetensors",
+        strength_model=strength,
+        strength_clip=strength,
+    )
+
+
+def save_random_expert(
+    path: Path, seed: int, rank: int, alpha: float, categories: list[str], shapes: dict[str, tuple[int, int]]
+) -> None:
+    """Write an expert that changes images a lot; `shapes` is layer name -> (out, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        key: LoraLayer(
+            torch.randn(rank, width, generator=generator) / width**0.5,
+            0.2 * torch.randn(out, rank, generator=generator),
+            alpha,
+        )
+        for key, (out, width) in shapes.items()
+    }
+    info = {"categories": categories, "base_checkpoint": {"name": "base.safetensors", "family": "sd15"}}
+    save_expert(Expert(layers, info, path.stem), path)
 
 
 def draw(server, graph: Graph, node_id: str) -> np.ndarray:

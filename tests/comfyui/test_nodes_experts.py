@@ -4,12 +4,9 @@ import graphs
 import numpy as np
 import pytest
 import torch
-from graphs import Graph
+from graphs import Graph, save_random_expert
 from safety_experts.errors import SafetyExpertsError
-from safety_experts.experts.expert import Expert, LoraLayer
-from safety_experts.experts.expert_file import load_expert, save_expert
-from safety_experts.experts.keys import kohya_name
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.experts.expert_file import load_expert
 
 PROMPT, SEED = "a red circle with thorns", 5
 TAXONOMY = """\
@@ -20,35 +17,12 @@ templates: [{prompt: "a {colour} circle with {concept}", safe_prompt: "a {colour
 
 
 @pytest.fixture(scope="session")
-def attention_shapes(server, checkpoint) -> dict[str, tuple[int, int]]:
-    """Kohya name -> (out, in) of every attention layer of the test model."""
-    path = server.base_directory / "models" / "checkpoints" / checkpoint
-    unet = load_checkpoint(path).load_unet(dtype=torch.float32, device="cpu")
-    ends = ("to_q", "to_k", "to_v", "to_out.0")
-    return {
-        kohya_name(path): tuple(module.weight.shape)
-        for path, module in unet.named_modules()
-        if path.endswith(ends) and hasattr(module, "weight")
-    }
-
-
-@pytest.fixture(scope="session")
 def expert_files(server, attention_shapes) -> None:
     """Two strong random experts of different rank and alpha, a plain LoRA, and experts for other models."""
     folder = server.base_directory / "output" / "loras"
 
     def make(name: str, seed: int, rank: int, alpha: float, categories: list[str], shapes: dict) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        layers = {
-            key: LoraLayer(
-                torch.randn(rank, width, generator=generator) / width**0.5,
-                0.2 * torch.randn(out, rank, generator=generator),
-                alpha,
-            )
-            for key, (out, width) in shapes.items()
-        }
-        info = {"categories": categories, "base_checkpoint": {"name": "base.safetensors", "family": "sd15"}}
-        save_expert(Expert(layers, info, name), folder / f"{name}.safetensors")
+        save_random_expert(folder / f"{name}.safetensors", seed, rank, alpha, categories, shapes)
 
     make("hate", 1, 4, 4.0, ["hate"], attention_shapes)
     make("self_harm", 2, 3, 6.0, ["self-harm"], attention_shapes)
@@ -56,33 +30,6 @@ def expert_files(server, attention_shapes) -> None:
     make("other_width", 4, 4, 4.0, ["hate"], {key: (out, 2 * width) for key, (out, width) in attention_shapes.items()})
     make("other_layers", 5, 4, 4.0, ["hate"], {f"{key}_elsewhere": shape for key, shape in attention_shapes.items()})
     (folder / "junk.safetensors").write_bytes(b"not safetensors")
-
-
-def _load(graph: Graph, name: str) -> tuple[str, int]:
-    return graph.add("SafetyExpertsLoad", expert_name=f"{name}.safetensors"), 0
-
-
-def _apply(graph: Graph, checkpoint: str, expert: tuple[str, int], model=None, **strengths) -> str:
-    loader = graphs.checkpoint_loader(graph, checkpoint)
-    return graph.add(
-        "SafetyExpertsApply",
-        model=model or (loader, 0),
-        clip=(loader, 1),
-        expert=expert,
-        **{**graphs.STRENGTHS, **strengths},
-    )
-
-
-def _stock(graph: Graph, checkpoint: str, name: str, strength: float = 1.0, model=None) -> str:
-    loader = graphs.checkpoint_loader(graph, checkpoint)
-    return graph.add(
-        "LoraLoader",
-        model=model or (loader, 0),
-        clip=(loader, 1),
-        lora_name=f"{name}.safetensors",
-        strength_model=strength,
-        strength_clip=strength,
-    )
 
 
 def _merge(graph: Graph, *experts: tuple[str, int], **inputs) -> tuple[str, int]:
@@ -103,7 +50,7 @@ def base_image(server, checkpoint) -> np.ndarray:
 def _image_of_stock(server, checkpoint, *names_and_strengths: tuple[str, float]) -> np.ndarray:
     graph, node = Graph(), None
     for name, strength in names_and_strengths:
-        node = _stock(graph, checkpoint, name, strength, model=(node, 0) if node else None)
+        node = graphs.add_stock_loader(graph, checkpoint, name, strength, model=(node, 0) if node else None)
     return _draw(server, checkpoint, graph, node)
 
 
@@ -111,7 +58,7 @@ def _image_of_stock(server, checkpoint, *names_and_strengths: tuple[str, float])
 class TestApply:
     def test_at_strength_1_the_image_is_the_stock_loaders(self, server, checkpoint, base_image):
         graph = Graph()
-        image = _draw(server, checkpoint, graph, _apply(graph, checkpoint, _load(graph, "hate")))
+        image = _draw(server, checkpoint, graph, graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "hate")))
 
         np.testing.assert_array_equal(image, _image_of_stock(server, checkpoint, ("hate", 1.0)))
         assert np.abs(image - base_image).max() > 20
@@ -119,20 +66,20 @@ class TestApply:
 
     def test_at_strength_0_the_image_is_the_base_models(self, server, checkpoint, base_image):
         graph = Graph()
-        node = _apply(graph, checkpoint, _load(graph, "self_harm"), self_harm=0.0)
+        node = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "self_harm"), self_harm=0.0)
 
         np.testing.assert_array_equal(_draw(server, checkpoint, graph, node), base_image)
 
     def test_half_of_a_category_is_half_of_the_stock_strength(self, server, checkpoint):
         graph = Graph()
-        node = _apply(graph, checkpoint, _load(graph, "self_harm"), self_harm=0.5, hate=0.0)
+        node = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "self_harm"), self_harm=0.5, hate=0.0)
 
         expected = _image_of_stock(server, checkpoint, ("self_harm", 0.5))
         assert np.abs(_draw(server, checkpoint, graph, node) - expected).max() <= 1
 
     def test_the_strength_other_acts_on_a_lora_without_categories(self, server, checkpoint):
         graph = Graph()
-        node = _apply(graph, checkpoint, _load(graph, "plain"), other=0.5, hate=0.0)
+        node = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "plain"), other=0.5, hate=0.0)
 
         expected = _image_of_stock(server, checkpoint, ("plain", 0.5))
         assert np.abs(_draw(server, checkpoint, graph, node) - expected).max() <= 1
@@ -140,7 +87,7 @@ class TestApply:
     def test_the_base_model_stays_as_it_is(self, server, checkpoint, base_image):
         graph = Graph()
         loader = graphs.checkpoint_loader(graph, checkpoint)
-        node = _apply(graph, checkpoint, _load(graph, "hate"))
+        node = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "hate"))
         graphs.add_image(graph, checkpoint, PROMPT, SEED, model=(node, 0))
         plain = graphs.add_image(graph, checkpoint, PROMPT, SEED, model=(loader, 0))
 
@@ -160,7 +107,7 @@ class TestApply:
     def test_an_expert_that_does_not_fit_is_a_one_line_error(self, server, checkpoint, name, message, base_image):
         graph = Graph()
         with pytest.raises(SafetyExpertsError, match=message) as caught:
-            _draw(server, checkpoint, graph, _apply(graph, checkpoint, _load(graph, name)))
+            _draw(server, checkpoint, graph, graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, name)))
 
         assert "\n" not in str(caught.value)
         np.testing.assert_array_equal(_draw(server, checkpoint, Graph(), None), base_image)
@@ -173,7 +120,10 @@ class TestPartOfTheSampling:
     def test_a_range_that_covers_every_step_gives_the_patched_image(self, server, checkpoint):
         """The simple scheduler's 4 steps begin at timesteps 999, 749, 499 and 249: 0.9 (timestep 99) covers them."""
         gated, patched = Graph(), Graph()
-        nodes = _apply(gated, checkpoint, _load(gated, "hate"), end_percent=0.9), _stock(patched, checkpoint, "hate")
+        nodes = (
+            graphs.add_apply(gated, checkpoint, graphs.add_expert(gated, "hate"), end_percent=0.9),
+            graphs.add_stock_loader(patched, checkpoint, "hate"),
+        )
         images = []
         for graph, node in zip((gated, patched), nodes, strict=True):
             links = {"model": (node, 0), "clip": (node, 1)}
@@ -183,12 +133,14 @@ class TestPartOfTheSampling:
 
     def test_two_experts_in_two_halves_are_two_samplers_in_a_row(self, server, checkpoint):
         graph = Graph()
-        first = _apply(graph, checkpoint, _load(graph, "hate"), end_percent=0.5)
-        both = _apply(graph, checkpoint, _load(graph, "self_harm"), model=(first, 0), start_percent=0.5)
+        first = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "hate"), end_percent=0.5)
+        both = graphs.add_apply(
+            graph, checkpoint, graphs.add_expert(graph, "self_harm"), model=(first, 0), start_percent=0.5
+        )
         image = _draw(server, checkpoint, graph, both)
 
         stock = Graph()
-        halves = [(_stock(stock, checkpoint, name), 0) for name in ("hate", "self_harm")]
+        halves = [(graphs.add_stock_loader(stock, checkpoint, name), 0) for name in ("hate", "self_harm")]
         saved = graphs.add_image(stock, checkpoint, PROMPT, SEED)
         sampler = next(key for key, node in stock.items() if node["class_type"] == "KSampler")
         common = {k: v for k, v in stock[sampler]["inputs"].items() if k not in ("seed", "denoise", "model")}
@@ -208,16 +160,18 @@ class TestPartOfTheSampling:
 class TestMerge:
     def test_a_weighted_sum_is_two_stock_loaders_in_a_row(self, server, checkpoint):
         graph = Graph()
-        merged = _merge(graph, _load(graph, "hate"), _load(graph, "self_harm"), weights="1, 0.5")
-        image = _draw(server, checkpoint, graph, _apply(graph, checkpoint, merged))
+        merged = _merge(
+            graph, graphs.add_expert(graph, "hate"), graphs.add_expert(graph, "self_harm"), weights="1, 0.5"
+        )
+        image = _draw(server, checkpoint, graph, graphs.add_apply(graph, checkpoint, merged))
 
         expected = _image_of_stock(server, checkpoint, ("hate", 1.0), ("self_harm", 0.5))
         assert np.abs(image - expected).max() <= 1
 
     def test_a_merge_keeps_one_strength_a_category(self, server, checkpoint):
         graph = Graph()
-        merged = _merge(graph, _load(graph, "hate"), _load(graph, "self_harm"))
-        image = _draw(server, checkpoint, graph, _apply(graph, checkpoint, merged, hate=0.0, self_harm=0.5))
+        merged = _merge(graph, graphs.add_expert(graph, "hate"), graphs.add_expert(graph, "self_harm"))
+        image = _draw(server, checkpoint, graph, graphs.add_apply(graph, checkpoint, merged, hate=0.0, self_harm=0.5))
 
         expected = _image_of_stock(server, checkpoint, ("self_harm", 0.5))
         assert np.abs(image - expected).max() <= 1
@@ -230,8 +184,8 @@ class TestMerge:
         )
         merged = _merge(
             graph,
-            _load(graph, "hate"),
-            _load(graph, "self_harm"),
+            graphs.add_expert(graph, "hate"),
+            graphs.add_expert(graph, "self_harm"),
             method="co-merge",
             method__model=(loader, 0),
             method__clip=(loader, 1),
@@ -242,7 +196,7 @@ class TestMerge:
             method__height=graphs.SIZE_PX,
         )
         graph.add("SafetyExpertsSave", expert=merged, expert_name="co_merged")
-        image = _draw(server, checkpoint, graph, _apply(graph, checkpoint, merged))
+        image = _draw(server, checkpoint, graph, graphs.add_apply(graph, checkpoint, merged))
 
         np.testing.assert_array_equal(image, _image_of_stock(server, checkpoint, ("co_merged_00001_", 1.0)))
         folder = server.base_directory / "output/loras"
@@ -261,7 +215,7 @@ class TestMerge:
         names = []
         for weights in ("1", "0.5"):
             graph = Graph()
-            merged = _merge(graph, _load(graph, "hate"), weights=weights)
+            merged = _merge(graph, graphs.add_expert(graph, "hate"), weights=weights)
             saved = graph.add("SafetyExpertsSave", expert=merged, expert_name="sub/again")
             shown = graph.add("PreviewAny", source=(saved, 0))
             names.append(server.run(graph)["outputs"][shown]["text"][0])
@@ -281,7 +235,7 @@ class TestMerge:
     def test_a_wrong_merge_is_a_one_line_error(self, server, names, inputs, message):
         graph = Graph()
         target = inputs.pop("expert_name", "wrong")
-        merged = _merge(graph, *[_load(graph, name) for name in names], **inputs)
+        merged = _merge(graph, *[graphs.add_expert(graph, name) for name in names], **inputs)
         graph.add("SafetyExpertsSave", expert=merged, expert_name=target)
 
         with pytest.raises(SafetyExpertsError, match=message) as caught:
