@@ -15,9 +15,11 @@ class Denoiser(Protocol):
 
     Attributes:
         unet: the UNet or transformer.
+        autocast_dtype: what it computes in; None: in the weights' own.
     """
 
     unet: nn.Module
+    autocast_dtype: torch.dtype | None
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 

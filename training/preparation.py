@@ -22,9 +22,9 @@ from .tensor_store import TensorStore
 def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """Return what the UNet computes in: the recipe's precision, or bfloat16 where the device is fast at it."""
     if recipe.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.precision]
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
         # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
         capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
@@ -94,5 +94,7 @@ def load_policy(
     if recipe.gradient_checkpointing:
         unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
         unet.enable_gradient_checkpointing()
+    if recipe.compile:
+        unet.compile()
     autocast_dtype = dtype if dtype != torch.float32 else None
     return unet, make_denoiser(checkpoint, unet, autocast_dtype, recipe.flow_error)

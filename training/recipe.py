@@ -123,7 +123,10 @@ class Recipe(BaseModel):
         "train at the size they have.",
     )
     horizontal_flip: bool = Field(False, description="Mirror half of the pairs, both images of a pair together.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto is bf16 where the device has it.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto is bf16 where the device has it, fp16 on older GPUs, else fp32. The LoRA is fp32."
+    )
+    compile: bool = Field(False, description="torch.compile the model: minutes at the start, then faster steps.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random draw.")
 

@@ -23,6 +23,8 @@ from .reference_bank import ReferenceBank
 from .step_loss import batch_loss
 from .stop_rules import keeps_best, passed_limit, stop_reason
 
+_FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
+
 
 class StepError(SafetyExpertsError):
     """A step could not be taken; the run is as it was after the step before."""
@@ -73,7 +75,10 @@ class TrainingRun:
         if not self.parameters:
             raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+            self.parameters.values(),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            fused=device.type == "cuda",
         )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
@@ -114,7 +119,26 @@ class TrainingRun:
         return f"at step {self.step + 1} of {self.recipe.steps}"
 
     def _gradients(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Leave the clipped gradients of the next step in the parameters and return its metrics."""
+        """Leave the clipped gradients of the next step in the parameters and return its metrics.
+
+        In float16 the loss is scaled up, so that small gradients do not vanish. Where that overflows, the scale is
+        halved and the same step computed again: no step is lost, and the scale is part of the step's metrics.
+        """
+        is_half = self.denoiser.autocast_dtype is torch.float16
+        scale = self.records[-1]["loss_scale"] if is_half and self.records else _FIRST_LOSS_SCALE if is_half else 1.0
+        totals = self._scaled_gradients(scale, should_stop)
+        while totals and scale > 1 and not math.isfinite(totals["grad_norm"]):
+            scale /= 2
+            totals = self._scaled_gradients(scale, should_stop)
+        if totals is None:
+            return None
+        self._check_finite("gradient", totals["grad_norm"])
+        if is_half:
+            totals["loss_scale"] = scale
+        totals["learning_rate"] = learning_rate_at(self.recipe, self.step)
+        return totals
+
+    def _scaled_gradients(self, scale: float, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         recipe, totals = self.recipe, dict[str, float]()
         if recipe.target_gradient_factor is not None:
             recipe = recipe.model_copy(update={"beta": beta_at(recipe, self.records)})
@@ -127,13 +151,15 @@ class TrainingRun:
             loss, metrics = batch_loss(self.unet, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank)
             metrics = self.processes.mean(metrics, self.device)
             self._check_finite("loss", metrics["loss"])
-            (loss / recipe.accumulation_steps).backward()
+            (loss * (scale / recipe.accumulation_steps)).backward()
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / recipe.accumulation_steps
         self.processes.average_gradients(self.parameters.values())
+        if scale != 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm))
-        self._check_finite("gradient", totals["grad_norm"])
-        totals["learning_rate"] = learning_rate_at(recipe, self.step)
         return totals
 
     def _check_finite(self, what: str, value: float) -> None:

@@ -79,8 +79,9 @@ def _restore_optimizer(run: "TrainingRun", tensors: dict[str, Tensor]) -> None:
         if part == "optimizer":
             kind, _, name = rest.partition(".")
             parameter = run.parameters[name]
-            # torch keeps the step counter on the CPU and the moments beside the weights.
-            run.optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
+            # The moments lie beside the weights; of a fused optimizer the step counter too.
+            is_beside = kind != "step" or run.optimizer.defaults["fused"]
+            run.optimizer.state[parameter][kind] = value.to(parameter.device) if is_beside else value
 
 
 def _changes(saved: dict, identity: dict, path: Path) -> dict:

@@ -243,3 +243,21 @@ def test_targets_choose_the_attention_layers():
     layers = read_layers(unet, alpha=4.0)
     assert sorted(layers)[0] == "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     assert {layer.rank for layer in layers.values()} == {4}
+
+
+def test_half_precision_scales_its_loss_and_repeats_a_step_that_overflows(make_run):
+    exact, half = make_run(beta=100.0), make_run(beta=100.0)
+    half.denoiser.autocast_dtype = torch.float16
+    for _ in range(3):
+        exact.take_step(go_on)
+        half.take_step(go_on)
+    assert half.records[0]["loss_scale"] >= 1
+    for before, after in zip(exact.records, half.records, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=0.02)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.05)
+
+    huge = make_run(beta=3e7)  # gradients of 2^16 times this do not fit in 16 bits
+    huge.denoiser.autocast_dtype = torch.float16
+    assert huge.take_step(go_on)["loss_scale"] < 2**16
+    assert math.isfinite(huge.records[0]["grad_norm"])
+    assert any(bool(value.any()) for name, value in huge.parameters.items() if name.endswith(".up"))
