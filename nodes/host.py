@@ -21,7 +21,7 @@ from ..files import path_inside
 from ..training.checkpoint import load_checkpoint
 
 PROMPT_FILE_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
-PICTURE_SIZE_PX = 512
+PICTURE_SIZE_PX = 768
 PICTURE_INTERVAL_SECONDS = 1.0
 
 

@@ -1,17 +1,17 @@
 """Nodes that train an expert."""
 
 import logging
-from functools import partial
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..errors import InputError, SafetyExpertsError
 from ..preferences.dataset import PreferenceDataset
+from ..training.launch import train_in_processes
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
 from ..training.trainer import StepRecord, TrainingStoppedError, resume_path, train_expert
 from . import host, sockets
-from .curve import draw_curves
+from .curve import TrainingPicture
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,23 @@ class SafetyExpertsTrain(io.ComfyNode):
                     tooltip="Go on where the last training of this name was stopped; the options must be the same.",
                 ),
                 sockets.Recipe.Input("recipe", optional=True, tooltip="From Training Recipe, to change options."),
+                io.Int.Input(
+                    "sample_every",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    optional=True,
+                    tooltip="Every so many steps draw an unsafe prompt of the dataset and its safe one; 0: never.",
+                ),
+                io.Int.Input(
+                    "processes",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Share the work between this machine's first GPUs; batch_size must be a multiple.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The expert's weights, for core's Load LoRA Model and Save LoRA."),
@@ -94,7 +111,17 @@ class SafetyExpertsTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, dataset, checkpoint, category, recipe_name, expert_name, own_category="", resume=False, recipe=None
+        cls,
+        dataset,
+        checkpoint,
+        category,
+        recipe_name,
+        expert_name,
+        own_category="",
+        resume=False,
+        recipe=None,
+        sample_every=0,
+        processes=1,
     ) -> io.NodeOutput:
         recipe = recipe or load_recipe(recipe_name)
         path = host.fresh_expert_path(expert_name)
@@ -103,31 +130,30 @@ class SafetyExpertsTrain(io.ComfyNode):
         resume = resume and unfinished.exists()
         if resume:
             unfinished.replace(resume_path(path))
-        progress = host.PatientProgress(recipe.steps)
-        curves: dict[str, list[float]] = {"loss": [], "margin": []}
+        progress, picture = host.PatientProgress(recipe.steps), TrainingPicture()
 
         def on_step(record: StepRecord) -> None:
-            draw = None
             if record.stage == "train":
-                curves["loss"].append(record.metrics["loss"])
-                curves["margin"].append(record.metrics["rewards/margins"])
-                draw = partial(draw_curves, curves, record.step, record.num_steps)
-            progress.show(record.step, record.num_steps, draw)
+                picture.add_step(record)
+            progress.show(record.step, record.num_steps, picture.draw if record.stage == "train" else None)
 
+        options = {
+            "category": sockets.one_category(category, own_category),
+            "tokenizer_folder": host.clip_tokenizer_folder(),
+            "resume": resume,
+            "on_step": on_step,
+            "should_stop": progress.is_cancelled,
+            "sample_every": sample_every,
+            "on_samples": picture.add_samples,
+        }
         with host.training_on_device() as device:
             try:
-                result = train_expert(
-                    checkpoint_path,
-                    dataset,
-                    recipe,
-                    path,
-                    category=sockets.one_category(category, own_category),
-                    device=device,
-                    tokenizer_folder=host.clip_tokenizer_folder(),
-                    resume=resume,
-                    on_step=on_step,
-                    should_stop=progress.is_cancelled,
-                )
+                if processes > 1:
+                    result = train_in_processes(
+                        processes, checkpoint_path, dataset.folder, recipe, path, device=device, **options
+                    )
+                else:
+                    result = train_expert(checkpoint_path, dataset, recipe, path, device=device, **options)
             except TrainingStoppedError:
                 progress.raise_cancel()
                 raise

@@ -156,12 +156,12 @@ def train_expert(
             if step_metrics is not None and processes.is_main:
                 for sink in metrics:
                     sink.add(run.step, step_metrics)
+                if drawer and on_samples and (run.step % sample_every == 0 or run.step == recipe.steps):
+                    on_samples(drawer.draw(run, run.step))
                 notify(StepRecord("train", run.step, recipe.steps, step_metrics))
             is_due = stopped or run.step % recipe.save_steps == 0
             if processes.is_main and is_due and 0 < run.step < recipe.steps:
                 save_state(run, state_path, identity)
-            if drawer and on_samples and not stopped and (run.step % sample_every == 0 or run.step == recipe.steps):
-                on_samples(drawer.draw(run, run.step))
     except StepError as error:
         kept = _rescue(run, state_path, identity, info, Path(out_path))
         raise SafetyExpertsError(f"{error}; {kept}") from error

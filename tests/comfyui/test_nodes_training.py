@@ -1,11 +1,15 @@
 """Training in a real ComfyUI: a few steps on a few pairs of the test model."""
 
+import io
 import json
 import math
 
 import graphs
+import numpy as np
 import pytest
+import torch
 from graphs import Graph
+from PIL import Image
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
 
@@ -122,7 +126,7 @@ def test_cancel_saves_the_expert_and_resuming_gives_the_uninterrupted_one(server
         ({"overrides": "stepz=3"}, "unknown field 'stepz'"),
         ({"overrides": "steps=-1"}, "steps"),
         ({"overrides": "steps"}, "'steps' is not of the form key=value"),
-        ({"overrides": "learning_rate=1e30\nbeta=1e9"}, "the loss became (nan|inf)"),
+        ({"overrides": "batch_size=3", "processes": 2}, "batch_size 3 cannot be shared by 2 processes"),
         ({"category": "hate"}, "no pairs of category 'hate'"),
         ({"category": "hate", "own_category": "Big Spiders"}, "no pairs of category 'big-spiders'"),
         ({"expert_name": "../wrong"}, "leaves the folder"),
@@ -141,6 +145,83 @@ def test_a_wrong_training_is_a_one_line_error_and_leaves_no_file(server, dataset
     assert "\n" not in str(caught.value)
     assert not list(_expert_path(server, "").rglob("wrong*"))
     assert not list(_expert_path(server, "").rglob("*.resume"))
+
+
+EXPLOSIVE = "learning_rate=1e30\nbeta=1e9"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_explodes_is_one_line_and_keeps_the_state(server, dataset, processes):
+    name = f"exploded{processes}"
+    graph, _ = _train(dataset, name, overrides=EXPLOSIVE, processes=processes)
+
+    with pytest.raises(
+        SafetyExpertsError, match=rf"became (nan|inf) at step 2 of 3; .*{name}_00001_\.resume"
+    ) as caught:
+        server.run(graph)
+
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in _expert_path(server, "").glob(f"{name}*")] == [f"{name}_00001_.resume"]
+
+
+def test_the_preview_shows_curves_and_samples_of_a_pair_before_and_now(server, dataset):
+    def last_preview(**inputs) -> Image.Image:
+        previews: list[bytes] = []
+        graph, _ = _train(dataset, "watched", **inputs)
+        server.run(graph, on_preview=previews.append)
+        return Image.open(io.BytesIO(previews[-1])).convert("RGB")
+
+    plain, with_samples = last_preview(), last_preview(sample_every=2)
+
+    assert (plain.size, with_samples.size) == ((768, 768), (768, 384))  # small ones are enlarged
+    # Four pictures of 64 px, enlarged to 172 below a line of text; what lies between them is the background.
+    pixels = np.asarray(with_samples).astype(int)
+    for left, top in ((384, 20), (576, 20), (384, 212), (576, 212)):
+        assert pixels[top + 10 : top + 160, left + 10 : left + 160].std() > 10
+    assert pixels[30:150, 560:572].std() < 5
+
+
+def _without_rounding(expert, other) -> bool:
+    return all(
+        torch.allclose(value, other.state_dict()[name], rtol=1e-2, atol=1e-5)
+        for name, value in expert.state_dict().items()
+    )
+
+
+def test_two_processes_train_what_one_trains_and_report_it_in_the_graph(server, dataset):
+    experts, curves, seen = [], [], []
+    for name, processes in (("alone", 1), ("shared", 2)):
+        graph, node = _train(dataset, name, processes=processes, sample_every=2)
+        losses = graph.add("PreviewAny", source=(node, 1))
+        previews: list[bytes] = []
+        entry = server.run(
+            graph,
+            on_preview=previews.append,
+            on_progress=lambda node_id, value, total, node=node: seen.append((node_id == node, value, total)),
+        )
+        curves.append(json.loads(entry["outputs"][losses]["text"][0])["loss"])
+        experts.append(load_expert(_expert_path(server, f"{name}_00001_.safetensors")))
+        assert Image.open(io.BytesIO(previews[-1])).size == (768, 384)
+    assert (True, 3, 3) in seen
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3) and len(curves[1]) == 3
+    assert experts[0].info["recipe"] == experts[1].info["recipe"]
+    assert _without_rounding(*experts)
+
+
+def test_cancel_stops_several_processes_and_saves(server, dataset):
+    steps = 200
+    graph, node = _train(dataset, "halted", steps=steps, processes=2)
+
+    def cancel_after_a_few_steps(node_id: str, value: int, total: int) -> None:
+        if node_id == node and total == steps and value >= 3:
+            server.interrupt()
+
+    with pytest.raises(SafetyExpertsError, match="interrupted"):
+        server.wait(server.queue(graph), on_progress=cancel_after_a_few_steps)
+
+    expert = load_expert(_expert_path(server, "halted_00001_.safetensors"))
+    assert 3 <= expert.info["step"] < steps
+    assert _expert_path(server, "halted_00001_.resume").exists()
 
 
 def test_a_dataset_whose_checkpoint_is_gone_says_so(server, dataset):
