@@ -86,7 +86,14 @@ def load_policy(
     Raises:
         InputError: an expert belongs to another model.
     """
-    unet: Any = checkpoint.load_unet(dtype=dtype, device=device)
+    unet = checkpoint.load_unet(dtype=dtype, device=device)
+    prepare_policy(unet, recipe, with_experts, device)
+    autocast_dtype = dtype if dtype != torch.float32 else None
+    return unet, make_denoiser(checkpoint, unet, autocast_dtype, recipe.flow_error)
+
+
+def prepare_policy(unet: Any, recipe: Recipe, with_experts: Sequence[Expert], device: torch.device) -> None:
+    """Give a model these experts as part of it, a fresh LoRA, and what the recipe says of speed and memory."""
     tune_for_device(unet, device)
     for expert in with_experts:
         add_frozen(unet, expert)
@@ -96,5 +103,3 @@ def load_policy(
         unet.enable_gradient_checkpointing()
     if recipe.compile:
         unet.compile()
-    autocast_dtype = dtype if dtype != torch.float32 else None
-    return unet, make_denoiser(checkpoint, unet, autocast_dtype, recipe.flow_error)
