@@ -5,6 +5,7 @@ the same global batch, up to the order of floating-point sums.
 """
 
 import contextlib
+import datetime
 from collections.abc import Iterable
 from dataclasses import fields, replace
 
@@ -14,6 +15,8 @@ from torch import Tensor, distributed
 from ..errors import InputError
 from .batches import Batch
 from .recipe import Recipe
+
+_LONGEST_WAIT = datetime.timedelta(days=1)
 
 
 class Processes:
@@ -35,7 +38,8 @@ class Processes:
         """
         from accelerate import PartialState  # accelerate, diffusers and peft take seconds to import
 
-        state = PartialState(cpu=not torch.accelerator.is_available())
+        # The others wait while the first encodes the dataset, which may take longer than the usual ten minutes.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
         return cls(state.process_index, state.num_processes), state.device
 
     @property

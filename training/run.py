@@ -48,6 +48,9 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 class TrainingRun:
     """Takes optimizer steps on a UNet that carries a LoRA (see lora.attach_lora).
 
+    Args:
+        parameters: what to train by name, where that is not the LoRA's own weights.
+
     Attributes:
         step: optimizer steps taken.
         records: metrics of each step, one dict a step.
@@ -65,13 +68,14 @@ class TrainingRun:
         processes: Processes | None = None,
         held_out: HeldOut | None = None,
         bank: ReferenceBank | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ):
         self.unet, self.denoiser, self.plan, self.recipe, self.device = unet, denoiser, plan, recipe, device
         self.processes = processes or Processes()
         self.processes.check(recipe)
         self.held_out = held_out
         self.bank = bank
-        self.parameters = lora_parameters(unet)
+        self.parameters = lora_parameters(unet) if parameters is None else dict(parameters)
         if not self.parameters:
             raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
@@ -125,7 +129,8 @@ class TrainingRun:
         halved and the same step computed again: no step is lost, and the scale is part of the step's metrics.
         """
         is_half = self.denoiser.autocast_dtype is torch.float16
-        scale = self.records[-1]["loss_scale"] if is_half and self.records else _FIRST_LOSS_SCALE if is_half else 1.0
+        last = self.records[-1] if self.records else {}
+        scale = last.get("loss_scale", _FIRST_LOSS_SCALE) if is_half else 1.0
         totals = self._scaled_gradients(scale, should_stop)
         while totals and scale > 1 and not math.isfinite(totals["grad_norm"]):
             scale /= 2

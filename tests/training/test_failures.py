@@ -1,16 +1,24 @@
 """Whatever goes wrong in the middle of a training: one line says what, and what there was is kept."""
 
+import json
 import math
 import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.tensor_file import read_tensors, write_tensors
 from safety_experts.training import trainer
 from safety_experts.training.trainer import resume_path
 from small_training import SmallTraining
+
+COMMAND_LINE = Path(__file__).resolve().parents[2] / "cli.py"
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +185,23 @@ def test_a_damaged_state_is_one_line(small, tmp_path, damage):
     with pytest.raises(InputError, match=r"cannot resume from .*a.resume: ") as caught:
         small.train(out, "steps=6", resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_saves_and_resume_goes_on_to_the_same_file(small, tmp_path):
+    out, overrides = tmp_path / "a.safetensors", ("--set", "steps=60", "--device", "cpu", "--json-lines")
+    straight = small.train(tmp_path / "straight" / "a.safetensors", "steps=60").path.read_bytes()
+    command = [sys.executable, str(COMMAND_LINE), *small.command(out, *overrides)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(json.loads(line))
+            if lines[-1]["stage"] == "train" and lines[-1]["step"] == 2:
+                process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("error: stopped after ") and "--resume goes on" in errors
+    assert lines[-1]["stage"] == "done" and lines[-1]["stopped"] and 2 <= len(lines[-1]["records"]) < 60
+    assert load_expert(out).info["step"] == len(lines[-1]["records"]) and resume_path(out).exists()
+    assert run_command([*small.command(out, *overrides), "--resume"]) == 0
+    assert out.read_bytes() == straight
