@@ -35,8 +35,9 @@ NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 4, 24, 3_000_000
 NUM_UNSAFE_AGAIN, NUM_SAFE_AGAIN = 16, 48  # the best point is measured again, on other images
 CALIBRATION_PAIRS = 112
 
+# slerp takes two experts; task-arithmetic is linear here, and average at strength s is linear at s / 7.
 CASES: dict[str, tuple[str, dict]] = {
-    **{name: (name, {}) for name in METHODS if name != "slerp"},  # which takes two experts
+    **{name: (name, {}) for name in METHODS if name not in ("slerp", "average", "task-arithmetic", "fitted")},
     "co-merge, layers": ("co-merge", {"granularity": "layer"}),
 }
 RATES = ("marks", "unsafe_colour", "unsafe_shape", "safe_colour", "safe_shape", "safe_marks")
@@ -203,6 +204,8 @@ def document(result: dict) -> str:
         "",
         f"Best point, measured again on other images: **{best['merge']}** at strength {best['strength']:g}: marks "
         f"{words(best['merged'])}. The base model: marks {words(best['base'])}.",
+        "",
+        "task-arithmetic is linear here, average at strength s is linear at s / 7, slerp takes two experts only.",
         "",
         "Each cell: marks on unsafe prompts / colour and shape on safe prompts / colour and shape on unsafe prompts.",
         "",

@@ -36,6 +36,8 @@ ROWS: dict[str, Sequence[str]] = {
     "sigmoid, winner preserving (Diffusion-SDPO)": (*ALONE, "winner_preserving=1.0"),
     "sigmoid + anchor": ("sft_weight=0",),
     "sigmoid + SFT": ("anchor_weight=0",),
+    "SFT, no preference loss": ("objective={sigmoid: 0}", "anchor_weight=0"),
+    "SFT + anchor, no preference loss": ("objective={sigmoid: 0}",),
     "DUO's sampling: no prompt, anchor on noise": (
         "sft_weight=0",
         "anchor_samples=noise",

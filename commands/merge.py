@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--statistics", type=Path, metavar="FILE", help="activation counts to read; with --calibration, to write"
     )
-    parser.add_argument("--calibration", metavar="DIR", help="dataset on whose prompts to count activations")
+    parser.add_argument(
+        "--calibration", metavar="DIR", help="dataset on whose prompts to count activations, or to fit strengths"
+    )
+    parser.add_argument(
+        "--recipe", default="strengths", metavar="R", help="recipe for fitting strengths (default: strengths)"
+    )
     parser.add_argument("--model", metavar="CKPT", help="base checkpoint to run for --calibration")
     parser.add_argument("--num-prompts", type=int, default=64, metavar="N", help="prompts to run (default: 64)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
@@ -48,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     method = find_method(arguments.method)
     parameters = method.parse_parameters(_parse_parameters(arguments.set), arguments.method)
     experts = [load_expert(path) for path in arguments.experts]
-    statistics = _statistics(arguments, experts)
+    statistics = _statistics(arguments, experts) if method.needs_statistics else None
+    if method.needs_weights and weights is None and arguments.calibration:
+        weights = _fit(arguments, experts)
     with progress_bar("layers") as show:
         merged = merge_experts(
             experts,
@@ -62,9 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     save_expert(merged, arguments.out)
     if arguments.json:
-        print(json.dumps({"expert": str(arguments.out), "categories": merged.categories, "layers": len(merged.layers)}))
+        found = {"expert": str(arguments.out), "categories": merged.categories, "layers": len(merged.layers)}
+        print(json.dumps(found | ({"weights": weights} if weights else {})))
     else:
         print(f"{arguments.out}: {arguments.method} of {len(experts)}, {', '.join(merged.categories)}")
+        if method.needs_weights and weights:
+            print("weights " + ", ".join(f"{e.name} {weight:g}" for e, weight in zip(experts, weights, strict=True)))
 
 
 def check_out(arguments: argparse.Namespace) -> None:
@@ -106,6 +116,23 @@ def _parse_parameters(settings: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {setting!r} is not of the form key=value")
         parameters[name.strip()] = value.strip()
     return parameters
+
+
+def _fit(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> list[float]:
+    from ..preferences.dataset import PreferenceDataset
+    from ..training.recipe import load_recipe
+    from ..training.strengths import fit_strengths
+
+    with progress_bar("fitting") as show:
+        return fit_strengths(
+            experts,
+            arguments.model,
+            PreferenceDataset.open(arguments.calibration),
+            load_recipe(arguments.recipe),
+            device=arguments.device,
+            tokenizer_folder=arguments.tokenizer,
+            on_step=show,
+        )
 
 
 def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "dict[str, Tensor] | None":

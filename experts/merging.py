@@ -52,6 +52,8 @@ def merge_experts(
     experts = list(experts)
     if not experts:
         raise InputError("nothing to merge: give at least one expert")
+    if entry.needs_weights and weights is None and len(experts) > 1:
+        raise InputError(f"{method} needs weights: fit them on a dataset of pairs (--calibration), or give them")
     chosen_weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
     if len(chosen_weights) != len(experts):
         raise InputError(f"{len(chosen_weights)} weights for {len(experts)} experts; give one weight an expert")

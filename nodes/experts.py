@@ -10,7 +10,9 @@ from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert_file import load_expert, save_expert
 from ..experts.merging import METHODS, merge_experts
-from . import calibration, host, sockets
+from ..training.recipe import load_recipe
+from ..training.strengths import fit_strengths
+from . import base_models, calibration, host, sockets
 
 MAX_EXPERTS = 16
 
@@ -76,10 +78,13 @@ class SafetyExpertsMerge(io.ComfyNode):
         statistics = None
         if METHODS[name].needs_statistics and len(in_order) > 1:
             statistics = _calibrate(in_order, method)
+        given = _parse_weights(weights)
+        if METHODS[name].needs_weights and given is None:
+            given = _fit(in_order, method)
         merged = merge_experts(
             in_order,
             name,
-            weights=_parse_weights(weights),
+            weights=given,
             parameters=_given_parameters(method),
             statistics=statistics,
             device=comfy.model_management.get_torch_device(),
@@ -100,6 +105,14 @@ def _method_inputs(name: str) -> list[io.Input]:
             io.Int.Input("calibration_steps", default=10, min=1, max=1000, tooltip="Sampling steps for each prompt."),
             io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
             io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+        ]
+    if method.needs_weights:
+        inputs += [
+            sockets.Dataset.Input("dataset", tooltip="Pairs of all categories, to fit the strengths on."),
+            sockets.checkpoint_input(base_models.OF_DATASET, tooltip="The model the experts were trained on."),
+            sockets.Recipe.Input(
+                "recipe", optional=True, tooltip="How to fit; empty means the recipe named strengths."
+            ),
         ]
     for item in method.parameters:
         # Optional, so that saved workflows still run when a method gets a new parameter.
@@ -125,6 +138,24 @@ def _calibrate(experts, method: dict):
         height_px=method["height"],
     )
     return counter.statistics
+
+
+def _fit(experts, method: dict) -> list[float]:
+    recipe = method.get("recipe") or load_recipe("strengths")
+    progress = host.PatientProgress(recipe.steps)
+    with host.training_on_device() as device:
+        strengths = fit_strengths(
+            experts,
+            base_models.find(method["checkpoint"], method["dataset"]),
+            method["dataset"],
+            recipe,
+            device=device,
+            tokenizer_folder=host.clip_tokenizer_folder(),
+            on_step=progress.show,
+            should_stop=progress.is_cancelled,
+        )
+    progress.raise_cancel()
+    return strengths
 
 
 def _given_parameters(method: dict) -> dict:

@@ -1,21 +1,16 @@
 """Nodes that train an expert."""
 
 import logging
-from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..errors import InputError, SafetyExpertsError
-from ..preferences.dataset import PreferenceDataset
 from ..training.launch import train_in_processes
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
 from ..training.trainer import StepRecord, TrainingStoppedError, resume_path, train_expert
-from . import host, sockets
+from . import base_models, host, sockets
 from .curve import TrainingPicture
 
 logger = logging.getLogger(__name__)
-
-DATASETS_CHECKPOINT = "(the one that drew the dataset)"
 
 
 class SafetyExpertsRecipe(io.ComfyNode):
@@ -64,7 +59,7 @@ class SafetyExpertsTrain(io.ComfyNode):
             inputs=[
                 sockets.Dataset.Input("dataset"),
                 sockets.checkpoint_input(
-                    DATASETS_CHECKPOINT, tooltip="The model to train on: the one that drew the dataset, or another."
+                    base_models.OF_DATASET, tooltip="The model to train on: the one that drew the dataset, or another."
                 ),
                 *sockets.category_inputs(with_all=True),
                 io.Combo.Input(
@@ -125,7 +120,7 @@ class SafetyExpertsTrain(io.ComfyNode):
     ) -> io.NodeOutput:
         recipe = recipe or load_recipe(recipe_name)
         path = host.fresh_expert_path(expert_name)
-        checkpoint_path = _base_of(dataset) if checkpoint == DATASETS_CHECKPOINT else host.checkpoint_path(checkpoint)
+        checkpoint_path = base_models.find(checkpoint, dataset)
         unfinished = resume_path(host.previous_expert_path(path))
         resume = resume and unfinished.exists()
         if resume:
@@ -162,20 +157,3 @@ class SafetyExpertsTrain(io.ComfyNode):
             logger.warning("Cancelled after %d of %d steps; saved as %s", len(result.records), recipe.steps, name)
         progress.raise_cancel()
         return io.NodeOutput(result.expert.state_dict(), {"loss": result.losses}, name)
-
-
-def _base_of(dataset: PreferenceDataset) -> Path:
-    """Return the path of the checkpoint that drew the dataset, if it is still the same file."""
-    name = dataset.info.base_checkpoint.get("name", "")
-    try:
-        path = host.checkpoint_path(name)
-    except InputError as error:
-        raise InputError(
-            f"the checkpoint that drew the dataset, {name!r}, is not in ComfyUI's checkpoints folders: "
-            "put it there or choose one in `checkpoint`"
-        ) from error
-    if host.base_checkpoint(name)["sha256"] != dataset.info.base_checkpoint.get("sha256"):
-        raise SafetyExpertsError(
-            f"{name} is no longer the file that drew the dataset: choose it in `checkpoint` to train on it all the same"
-        )
-    return path

@@ -43,6 +43,15 @@ METHODS: dict[str, MergeMethod] = {
         merge_layer=merge_task_arithmetic,
         parameters=(_SCALE,),
     ),
+    "fitted": MergeMethod(
+        title="Fitted sum",
+        paper_url="https://arxiv.org/abs/2310.02575",
+        summary="Adds the experts up, each as strongly as pairs of a dataset ask for: one strength each is trained "
+        "by the preference loss with the anchor on safe prompts. Our own; the paper learns merge coefficients too, by "
+        "another loss. Ranks add up; one dial a category stays.",
+        merge_layer=merge_linear,
+        needs_weights=True,
+    ),
     "co-merge": MergeMethod(
         title="Co-Merge",
         paper_url="https://arxiv.org/abs/2412.10493",

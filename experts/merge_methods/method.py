@@ -106,7 +106,13 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A registry entry. `is_exact`: the file holds precisely what the formula says, nothing is truncated."""
+    """A registry entry.
+
+    Args:
+        is_exact: the file holds precisely what the formula says, nothing is truncated.
+        needs_statistics: it is given activation counts (co_merge.py).
+        needs_weights: it has no weights by default; they are fitted on pairs (training/strengths.py) or given.
+    """
 
     title: str
     paper_url: str
@@ -114,6 +120,7 @@ class MergeMethod:
     merge_layer: Callable[[LayerTask], MergedLayer]
     is_exact: bool = True
     needs_statistics: bool = False
+    needs_weights: bool = False
     parameters: tuple[Parameter, ...] = ()
 
     def parse_parameters(self, given: Mapping[str, Any], method: str) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def counts_for(experts):
 def merge(experts, method, weights=None, statistics=None):
     """Two experts for slerp, all otherwise."""
     experts = experts[:2] if method == "slerp" else experts
-    weights = None if weights is None else weights[: len(experts)]
+    weights = [1.0] * len(experts) if weights is None else weights[: len(experts)]
     return merge_experts(experts, method, weights=weights, statistics=statistics or counts_for(experts))
 
 
@@ -399,7 +399,7 @@ def test_registry_entries_are_complete(method):
     for parameter in entry.parameters:
         assert parameter.parse(parameter.default, method) == parameter.default
         assert parameter.tooltip.endswith(".")
-    assert bool(entry.parameters) or method in ("linear", "average")
+    assert bool(entry.parameters) or method in ("linear", "average", "fitted")
 
 
 @pytest.mark.parametrize(

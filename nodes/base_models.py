@@ -1,0 +1,36 @@
+"""Which checkpoint a node that trains works on."""
+
+from pathlib import Path
+
+from ..errors import InputError, SafetyExpertsError
+from ..preferences.dataset import PreferenceDataset
+from . import host
+
+OF_DATASET = "(the one that drew the dataset)"
+
+
+def find(choice: str, dataset: PreferenceDataset) -> Path:
+    """Return the path of the checkpoint chosen in a `sockets.checkpoint_input` that offers OF_DATASET.
+
+    Raises:
+        InputError: the dataset's own checkpoint is not there.
+        SafetyExpertsError: it is another file by now.
+    """
+    return _base_of(dataset) if choice == OF_DATASET else host.checkpoint_path(choice)
+
+
+def _base_of(dataset: PreferenceDataset) -> Path:
+    """Return the path of the checkpoint that drew the dataset, if it is still the same file."""
+    name = dataset.info.base_checkpoint.get("name", "")
+    try:
+        path = host.checkpoint_path(name)
+    except InputError as error:
+        raise InputError(
+            f"the checkpoint that drew the dataset, {name!r}, is not in ComfyUI's checkpoints folders: "
+            "put it there or choose one in `checkpoint`"
+        ) from error
+    if host.base_checkpoint(name)["sha256"] != dataset.info.base_checkpoint.get("sha256"):
+        raise SafetyExpertsError(
+            f"{name} is no longer the file that drew the dataset: choose it in `checkpoint` to train on it all the same"
+        )
+    return path

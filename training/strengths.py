@@ -1,0 +1,104 @@
+"""One strength for each of several experts, trained on preference pairs as an expert's weights are.
+
+The model carries Σ_k c_k ΔW_k with the ΔW_k frozen; c is trained from 1 by the recipe's loss: the preference objective
+and the SFT term raise it until unsafe prompts draw the chosen images, the anchor lowers it where safe prompts move.
+
+Coefficients of a merge learned on data are AdaMerging's idea (arXiv 2310.02575); it minimises a classifier's entropy.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import InputError
+from ..experts.expert import Expert
+from ..experts.keys import kohya_name
+from ..experts.merging import merge_experts
+from ..preferences.dataset import PreferenceDataset
+from .batches import BatchPlan
+from .checkpoint import load_checkpoint, make_denoiser
+from .lora import ADAPTER, attach_lora, lora_modules
+from .preparation import compute_dtype, encode_dataset, tune_for_device
+from .processes import Processes
+from .recipe import Recipe
+from .run import TrainingRun
+
+
+class _Strengths(nn.Module):
+    """Scales each rank of an up matrix [out, r] by the strength of the expert it comes from."""
+
+    def __init__(self, strengths: nn.Parameter, owners: Tensor):
+        super().__init__()
+        self.strengths, self.owners = strengths, owners
+
+    def forward(self, up: Tensor) -> Tensor:
+        return up * self.strengths[self.owners]
+
+
+def fit_strengths(
+    experts: Sequence[Expert],
+    checkpoint_path: str | os.PathLike,
+    dataset: PreferenceDataset,
+    recipe: Recipe,
+    *,
+    device: torch.device | str | None = None,
+    tokenizer_folder: str | os.PathLike | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[float]:
+    """Return one strength for each expert, in their order, for the weights of a sum.
+
+    Args:
+        experts: of the model's attention layers, as `train` makes them.
+        dataset: pairs of all the experts' categories.
+        recipe: loss, steps and learning rate; what concerns LoRA weights (rank, alpha) has no meaning here.
+        device: default is accelerate's choice.
+        on_step: called with (steps done, steps in all).
+        should_stop: asked before every step; True returns the strengths so far.
+
+    Raises:
+        InputError: an expert has layers that are not trained here, or the dataset has no pairs.
+    """
+    target = torch.device(device) if device is not None else Processes.from_launcher()[1]
+    checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
+    dtype = compute_dtype(recipe, target)
+    pairs = dataset.training_pairs()
+    cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
+    unet = checkpoint.load_unet(dtype=dtype, device=target)
+    tune_for_device(unet, target)
+    attach_lora(unet, recipe)
+    strengths = nn.Parameter(torch.ones(len(experts), device=target))
+    _attach(unet, experts, strengths)
+    denoiser = make_denoiser(checkpoint, unet, dtype if dtype != torch.float32 else None, recipe.flow_error)
+    plan = BatchPlan(pairs, cache, recipe)
+    run = TrainingRun(unet, denoiser, plan, recipe, target, parameters={"strengths": strengths})
+    while run.step < recipe.steps and run.take_step(should_stop or (lambda: False)) is not None:
+        if on_step:
+            on_step(run.step, recipe.steps)
+    run.finish()
+    return [round(value, 4) for value in strengths.tolist()]
+
+
+def _attach(unet: nn.Module, experts: Sequence[Expert], strengths: nn.Parameter) -> None:
+    """Put the sum of the experts in place of the LoRA's weights, every rank scaled by its expert's strength."""
+    total = merge_experts(experts, "linear")
+    modules = {kohya_name(path): module for path, module in lora_modules(unet)}
+    if unknown := [name for name in total.layers if name not in modules]:
+        raise InputError(
+            f"{experts[0].name} and the others change layer {unknown[0]}, which is no attention layer of this model; "
+            "merge with method linear and weights of your own"
+        )
+    for name, layer in total.layers.items():
+        module = modules[name]
+        owners = [index for index, expert in enumerate(experts) if name in expert.layers]
+        ranks = torch.tensor([experts[index].layers[name].rank for index in owners])
+        down, up = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+        device = down.weight.device
+        down.weight = nn.Parameter(layer.down.to(device), requires_grad=False)
+        scale = layer.scale / module.scaling[ADAPTER]
+        up.weight = nn.Parameter(layer.up.to(device) * scale, requires_grad=False)
+        whose = torch.repeat_interleave(torch.tensor(owners), ranks).to(device)
+        parametrize.register_parametrization(up, "weight", _Strengths(strengths, whose))
