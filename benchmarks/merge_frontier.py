@@ -31,7 +31,7 @@ RESULT = ROOT / "benchmarks" / "results" / "merge_frontier.json"
 DOCUMENT = ROOT / "docs" / "merge_frontier.md"
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 ONE_LORA = "one LoRA for all categories"
-NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 4, 24, 3_000_000
+NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 3, 16, 3_000_000
 NUM_UNSAFE_AGAIN, NUM_SAFE_AGAIN = 16, 48  # the best point is measured again, on other images
 CALIBRATION_PAIRS = 112
 
