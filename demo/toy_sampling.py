@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from ..preferences.taxonomy import expand_taxonomy
 from ..training.checkpoint import load_checkpoint
 from ..training.denoiser import UNetDenoiser
 from ..training.preparation import tune_for_device
+from ..training.samples import decode_images, sample_latents
 from .comfyui import find_comfyui
 from .oracle import Reading, read_image
 from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
@@ -41,7 +41,7 @@ class ToySampler:
     def __init__(self) -> None:
         self.checkpoint_path = ensure_toy_checkpoint()
         self.tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
-        checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
+        self._checkpoint = checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
         self.unet = checkpoint.load_unet()
         tune_for_device(self.unet, torch.device("cpu"))
         self._denoiser = UNetDenoiser(self.unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, torch.bfloat16)
@@ -71,24 +71,13 @@ class ToySampler:
         return [read_image(image) for image in self.draw(prompts, seeds, expert)]
 
     def _draw_group(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        from diffusers import DPMSolverMultistepScheduler
-
-        scheduler = DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
-        )
-        scheduler.set_timesteps(STEPS)
         side = SIZE_PX // 8
         noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        latents = torch.stack(noise)
-        hidden_states = torch.cat([self._encode(prompts), self._encode([""] * len(prompts))])
-        for timestep in scheduler.timesteps:
-            both = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-            predicted = self._denoiser.predict(both, timestep.expand(len(both)), {"hidden_states": hidden_states})
-            conditional, unconditional = predicted.chunk(2)
-            guided = unconditional + CFG * (conditional - unconditional)
-            latents = scheduler.step(guided, timestep, latents).prev_sample
-        pixels = (self._vae.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
+        conditions = {"hidden_states": torch.cat([self._encode(prompts), self._encode([""] * len(prompts))])}
+        latents = sample_latents(
+            self._denoiser, self._checkpoint, torch.stack(noise), conditions, STEPS, CFG, use_karras_sigmas=True
+        )
+        return decode_images(self._vae, latents)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         if new := sorted(set(prompts) - set(self._hidden_states)):
@@ -101,8 +90,7 @@ class ToySampler:
 
         Pairs that are already there are kept, so an interrupted call goes on.
         """
-        checkpoint = load_checkpoint(self.checkpoint_path)
-        base = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
+        base = {key: getattr(self._checkpoint, key) for key in ("name", "sha256", "family")}
         dataset = PreferenceDataset.create(folder, DatasetInfo(base, {"steps": STEPS, "cfg": CFG}, "toy world", ""))
         prompt_pairs = expand_taxonomy(taxonomy(list(categories), pairs_per_category))
         missing = [pair for pair in prompt_pairs if pair.id not in dataset.ids]

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..errors import InputError
 from ..preferences.dataset import PreferencePair
 from .cache import PairCache
 from .checkpoint import Checkpoint
+from .denoiser import Conditions, Denoiser
 from .lora import seeded_generator
+from .vae import Vae
 
 if TYPE_CHECKING:
     from .run import TrainingRun
@@ -49,30 +52,48 @@ class SampleDrawer:
     @torch.no_grad()
     def draw(self, run: "TrainingRun", step: int) -> Samples:
         """Draw with the averaged weights of `run`, which afterwards is as it was."""
-        with run.weights(run.average):
-            latents = self.sample_latents(run.denoiser, run.recipe.seed)
-        vae = self.checkpoint.load_vae(device=self.device)
-        pixels = (vae.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        images = [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
-        return Samples(step, dict(zip(self.prompts, images, strict=True)))
-
-    def sample_latents(self, denoiser, seed: int) -> torch.Tensor:
-        """Return the latents of each prompt [b, c, h, w]: DPM-Solver++ (2M), 20 steps, guidance 5."""
-        from diffusers import DPMSolverMultistepScheduler
-
-        alphas = self.checkpoint.alphas_cumprod.double()
-        betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
-        scheduler: Any = DPMSolverMultistepScheduler(
-            trained_betas=betas.numpy(), prediction_type=self.checkpoint.prediction_type
-        )
-        scheduler.set_timesteps(STEPS, device=self.device)
-        count = len(self.prompts)
-        conditions = self.cache.conditions([*self.prompts, *[""] * count])
+        conditions = self.cache.conditions([*self.prompts, *[""] * len(self.prompts)])
         conditions = {name: value.to(self.device, torch.float32) for name, value in conditions.items()}
-        noise = torch.randn(self.shape, generator=seeded_generator(seed, "samples"))
-        latents = noise.to(self.device).expand(count, -1, -1, -1)
-        for timestep in scheduler.timesteps:
-            both = torch.cat([latents, latents])
-            conditional, empty = denoiser.predict(both, timestep.expand(len(both)), conditions).chunk(2)
-            latents = scheduler.step(empty + GUIDANCE * (conditional - empty), timestep, latents).prev_sample
-        return latents
+        noise = torch.randn(self.shape, generator=seeded_generator(run.recipe.seed, "samples"))
+        noise = noise.to(self.device).expand(len(self.prompts), -1, -1, -1)
+        with run.weights(run.average):
+            latents = sample_latents(run.denoiser, self.checkpoint, noise, conditions, STEPS, GUIDANCE)
+        vae = self.checkpoint.load_vae(device=self.device)
+        return Samples(step, dict(zip(self.prompts, decode_images(vae, latents), strict=True)))
+
+
+def sample_latents(
+    denoiser: Denoiser,
+    checkpoint: Checkpoint,
+    noise: Tensor,
+    conditions: Conditions,
+    num_steps: int,
+    guidance: float,
+    use_karras_sigmas: bool = False,
+) -> Tensor:
+    """Return latents [b, c, h, w] by DPM-Solver++ (2M) with classifier-free guidance.
+
+    Args:
+        noise: [b, c, h, w], standard normal.
+        conditions: 2b rows: those of the prompts, then those of the empty prompt.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    alphas = checkpoint.alphas_cumprod.double()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
+    scheduler: Any = DPMSolverMultistepScheduler(
+        trained_betas=betas.numpy(), prediction_type=checkpoint.prediction_type, use_karras_sigmas=use_karras_sigmas
+    )
+    scheduler.set_timesteps(num_steps, device=noise.device)
+    latents = noise
+    for timestep in scheduler.timesteps:
+        both = torch.cat([latents, latents])
+        conditional, empty = denoiser.predict(both, timestep.expand(len(both)), conditions).chunk(2)
+        latents = scheduler.step(empty + guidance * (conditional - empty), timestep, latents).prev_sample
+    return latents
+
+
+def decode_images(vae: Vae, latents: Tensor) -> list[Image.Image]:
+    """Return one RGB image for each of the latents [b, c, h, w]."""
+    pixels = (vae.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]

@@ -44,8 +44,8 @@ def batch_loss(
         noise.append(batch.anchor_noise)
         timesteps.append(torch.full_like(batch.timesteps, 999) if is_noise else batch.anchor_timesteps)
         prompts += [""] * size if is_noise else batch.anchor_prompts
-    inputs = [torch.cat(parts) for parts in (latents, noise, timesteps)]
-    x, eps, t = (part.to(device) for part in inputs)
+    all_latents, all_noise, all_timesteps = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
+    x, eps, t = all_latents.to(device), all_noise.to(device), all_timesteps.to(device)
     conditions = {name: value.to(device, torch.float32) for name, value in cache.conditions(prompts).items()}
     noisy, target = denoiser.add_noise(x, eps, t), denoiser.target(x, eps, t)
     if recipe.anchor_weight and recipe.anchor_samples == "noise":
@@ -55,7 +55,10 @@ def batch_loss(
         with torch.no_grad(), adapter_off(unet):
             return denoiser.predict(noisy, t, conditions)
 
-    reference = bank.predict(*inputs, prompts, predict_reference).to(device) if bank else predict_reference()
+    if bank:
+        reference = bank.predict(all_latents, all_noise, all_timesteps, prompts, predict_reference).to(device)
+    else:
+        reference = predict_reference()
     policy = denoiser.predict(noisy, t, conditions)
 
     policy_chosen, policy_rejected = policy.split(size)[:2]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import make_pair
 from safety_experts.errors import InputError
-from safety_experts.training.samples import GUIDANCE, STEPS, SampleDrawer
+from safety_experts.training.samples import GUIDANCE, STEPS, SampleDrawer, sample_latents
 from small_training import SmallTraining
 
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)  # Stable Diffusion's
@@ -41,22 +41,32 @@ class Known:
         return {"hidden_states": torch.tensor([values[prompt] for prompt in prompts]).view(-1, 1, 1, 1)}
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_an_exact_model_draws_the_image_it_knows(prediction_type, monkeypatch):
-    monkeypatch.setattr("safety_experts.training.samples.GUIDANCE", 1.0)
+PROMPTS = ["a red circle with thorns 0", "a red circle 0"]
+
+
+def draw(prediction_type: str, guidance: float, use_karras_sigmas: bool = False) -> torch.Tensor:
     known = Known(prediction_type)
-    drawer = SampleDrawer(known, known, make_pair(0), torch.device("cpu"))
-    latents = drawer.sample_latents(KnownImage(prediction_type), seed=3)
-    assert drawer.prompts == ["a red circle with thorns 0", "a red circle 0"]
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3)).expand(2, -1, -1, -1)
+    conditions = known.conditions([*PROMPTS, "", ""])
+    return sample_latents(KnownImage(prediction_type), known, noise, conditions, STEPS, guidance, use_karras_sigmas)
+
+
+@pytest.mark.parametrize("use_karras_sigmas", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_an_exact_model_draws_the_image_it_knows(prediction_type, use_karras_sigmas):
+    latents = draw(prediction_type, 1.0, use_karras_sigmas)
     torch.testing.assert_close(latents, torch.cat([IMAGE, -IMAGE]), atol=0.02, rtol=0)
 
 
 def test_guidance_pushes_away_from_the_empty_prompt():
-    known = Known("epsilon")
-    drawer = SampleDrawer(known, known, make_pair(0), torch.device("cpu"))
-    latents = drawer.sample_latents(KnownImage("epsilon"), seed=3)
-    assert (STEPS, GUIDANCE) == (20, 5.0)
-    torch.testing.assert_close(latents, 5 * torch.cat([IMAGE, -IMAGE]), atol=0.1, rtol=0)
+    torch.testing.assert_close(draw("epsilon", GUIDANCE), 5 * torch.cat([IMAGE, -IMAGE]), atol=0.1, rtol=0)
+
+
+def test_the_pair_gives_the_prompts_each_once():
+    drawer = SampleDrawer(Known("epsilon"), Known("epsilon"), make_pair(0), torch.device("cpu"))
+    assert drawer.prompts == PROMPTS
+    same = make_pair(0, prompt="a red circle 0")
+    assert SampleDrawer(Known("epsilon"), Known("epsilon"), same, torch.device("cpu")).prompts == PROMPTS[1:]
 
 
 def test_a_flow_model_is_refused_in_one_line():
