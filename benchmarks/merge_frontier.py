@@ -16,15 +16,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safety_experts.demo.experiments import in_parallel, remembered, sampler, toy_dataset, trained
+from safety_experts.demo.experiments import category_expert, in_parallel, remembered, sampler, toy_dataset, trained
 from safety_experts.demo.measurement import measure_expert
 from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import rate_of
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.merging import METHODS, merge_experts
+from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.training.calibration import collect_statistics
 from safety_experts.training.recipe import load_recipe
+from safety_experts.training.strengths import fit_strengths
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "merge_frontier.json"
@@ -37,7 +39,7 @@ CALIBRATION_PAIRS = 112
 
 # slerp takes two experts; task-arithmetic is linear here, and average at strength s is linear at s / 7.
 CASES: dict[str, tuple[str, dict]] = {
-    **{name: (name, {}) for name in METHODS if name not in ("slerp", "average", "task-arithmetic", "fitted")},
+    **{name: (name, {}) for name in METHODS if name not in ("slerp", "average", "task-arithmetic")},
     "co-merge, layers": ("co-merge", {"granularity": "layer"}),
 }
 RATES = ("marks", "unsafe_colour", "unsafe_shape", "safe_colour", "safe_shape", "safe_marks")
@@ -79,27 +81,30 @@ def main() -> None:
     print(json.dumps(result["best"], indent=2))
 
 
-def expert_of(work: Path, job: tuple[str, int]) -> None:
-    """Train one expert, or the one LoRA on all pairs with as many steps as all experts together."""
+def expert_of(work: Path, job: tuple[str, int]) -> Expert:
+    """Return one expert, or the one LoRA on all pairs with as many steps as all experts together."""
     name, seed = job
-    steps = load_recipe("toy").steps * (len(MARKS) if name == ONE_LORA else 1)
-    recipe = load_recipe("toy", [f"seed={seed}", f"steps={steps}"])
-    trained(work, f"{name.replace(' ', '-')}-{seed}", recipe, None if name == ONE_LORA else name)
+    if name != ONE_LORA:
+        return category_expert(work, name, seed)
+    steps = load_recipe("toy").steps * len(MARKS)
+    return trained(
+        work, f"{name.replace(' ', '-')}-{seed}", load_recipe("toy", [f"seed={seed}", f"steps={steps}"]), None
+    )
 
 
 def merged(work: Path, case: str, seed: int) -> Expert | None:
     """Return what a case applies at strength 1."""
-    steps = load_recipe("toy").steps
     if case == "base":
         return None
     if case == ONE_LORA:
-        recipe = load_recipe("toy", [f"seed={seed}", f"steps={steps * len(MARKS)}"])
-        return trained(work, f"{case.replace(' ', '-')}-{seed}", recipe, None)
-    experts = [trained(work, f"{name}-{seed}", load_recipe("toy", [f"seed={seed}"]), name) for name in MARKS]
+        return expert_of(work, (case, seed))
+    experts = [category_expert(work, name, seed) for name in MARKS]
     method, parameters = CASES[case]
-    statistics = None
+    statistics, weights = None, None
+    model = sampler()
+    if METHODS[method].needs_weights:
+        weights = remembered(work / f"fitted-{seed}.json", lambda: fitted(work, experts, seed))
     if METHODS[method].needs_statistics:
-        model = sampler()
         statistics = collect_statistics(
             experts,
             model.checkpoint_path,
@@ -108,7 +113,16 @@ def merged(work: Path, case: str, seed: int) -> Expert | None:
             tokenizer_folder=model.tokenizer_folder,
             device="cpu",
         )
-    return merge_experts(experts, method, parameters=parameters, statistics=statistics)
+    return merge_experts(experts, method, weights=weights, parameters=parameters, statistics=statistics)
+
+
+def fitted(work: Path, experts: Sequence[Expert], seed: int) -> list[float]:
+    """Return the strengths that the fitted merge gives the experts."""
+    model, recipe = sampler(), load_recipe("strengths", [f"seed={seed}"])
+    dataset = PreferenceDataset.open(work / "pairs")
+    return fit_strengths(
+        experts, model.checkpoint_path, dataset, recipe, device="cpu", tokenizer_folder=model.tokenizer_folder
+    )
 
 
 def curve(work: Path, job: tuple[str, int]) -> dict[str, Point]:

@@ -12,7 +12,7 @@ from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
 from ..files import write_atomically
 from ..preferences.dataset import PreferenceDataset
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, load_recipe
 from ..training.trainer import train_expert
 from .toy_sampling import ToySampler
 
@@ -46,6 +46,11 @@ def trained(work: Path, name: str, recipe: Recipe, category: str | None) -> Expe
         device="cpu",
         tokenizer_folder=model.tokenizer_folder,
     ).expert
+
+
+def category_expert(work: Path, category: str, seed: int) -> Expert:
+    """Return the toy recipe's expert of one category and seed."""
+    return trained(work, f"{category}-{seed}", load_recipe("toy", [f"seed={seed}"]), category)
 
 
 def remembered(path: Path, compute: Callable[[], Any]) -> Any:
