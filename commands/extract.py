@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .merge import check_out, progress_bar
+from .merge import check_out, default_device, progress_bar
 
 HELP = "make a LoRA out of a fully fine-tuned model minus its base"
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=32, help="largest rank of a layer (default: 32)")
     parser.add_argument("--energy", type=float, default=1.0, help="fraction of a layer's change to keep (default: 1)")
     parser.add_argument("--category", action="append", default=[], metavar="C", help="what it is safer in; repeatable")
-    parser.add_argument("--device", help="torch device (default: CPU)")
+    parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
 
 
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             energy=arguments.energy,
             categories=[canonical_category(text) for text in arguments.category],
             name=arguments.out.stem,
-            device=arguments.device,
+            device=arguments.device or default_device(),
             on_layer=show,
         )
     save_expert(expert, arguments.out)

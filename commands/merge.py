@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=int, default=64, metavar="N", help="prompts to run (default: 64)")
     parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the calibration's noise (default: 0)")
-    parser.add_argument("--device", help="torch device (default: CPU for merging, accelerate's choice for calibration)")
+    parser.add_argument("--device", help="torch device (default: a GPU where there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -47,16 +47,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--calibration needs --model and the other way round")
     weights = _parse_weights(arguments.weights)
 
-    from ..experts.expert_file import load_expert, save_expert
+    from ..experts.expert_file import open_expert, save_expert
     from ..experts.merging import find_method, merge_experts
 
     method = find_method(arguments.method)
     parameters = method.parse_parameters(_parse_parameters(arguments.set), arguments.method)
-    experts = [load_expert(path) for path in arguments.experts]
+    experts = [open_expert(path) for path in arguments.experts]
     statistics = _statistics(arguments, experts) if method.needs_statistics else None
     if method.needs_weights and weights is None and arguments.calibration:
         weights = _fit(arguments, experts)
-    with progress_bar("layers") as show:
+    with progress_bar("layers", is_hidden=arguments.json) as show:
         merged = merge_experts(
             experts,
             arguments.method,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
             parameters=parameters,
             statistics=statistics,
             name=arguments.out.stem,
-            device=arguments.device,
+            device=arguments.device or default_device(),
             on_layer=show,
         )
     save_expert(merged, arguments.out)
@@ -85,12 +85,19 @@ def check_out(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
 
 
+def default_device() -> str:
+    """Return the device to work on layer by layer: CUDA where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total) that draws a bar on a terminal."""
+def progress_bar(name: str, *, is_hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of (done, total) that draws a bar on stderr, where that is a terminal and it is not hidden."""
     from tqdm import tqdm
 
-    with tqdm(desc=name, disable=None) as bar:
+    with tqdm(desc=name, disable=is_hidden or None) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -123,7 +130,7 @@ def _fit(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> list[flo
     from ..training.recipe import load_recipe
     from ..training.strengths import fit_strengths
 
-    with progress_bar("fitting") as show:
+    with progress_bar("fitting", is_hidden=arguments.json) as show:
         return fit_strengths(
             experts,
             arguments.model,
@@ -143,7 +150,7 @@ def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "
 
     from ..training.calibration import collect_statistics
 
-    with progress_bar("calibration") as show:
+    with progress_bar("calibration", is_hidden=arguments.json) as show:
         statistics = collect_statistics(
             experts,
             arguments.model,

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ..errors import SafetyExpertsError
+from .merge import progress_bar
 
 HELP = "do a merge again from its parents and compare it with the file"
 
@@ -21,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ..experts.reproduction import reproduce_merge
 
-    result = reproduce_merge(arguments.file, arguments.parents, arguments.statistics)
+    with progress_bar("layers", is_hidden=arguments.json) as show:
+        result = reproduce_merge(arguments.file, arguments.parents, arguments.statistics, on_layer=show)
     if arguments.json:
         print(json.dumps({"is_identical": result.is_identical, "relative_error": result.relative_error}))
     elif result.is_identical:

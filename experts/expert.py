@@ -70,7 +70,7 @@ class Expert:
         file_sha256: of the file it was read from, if there was one.
     """
 
-    layers: dict[str, LoraLayer]
+    layers: Mapping[str, LoraLayer]
     info: dict = field(default_factory=dict)
     name: str = "expert"
     file_sha256: str | None = None
@@ -81,12 +81,7 @@ class Expert:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return kohya tensors: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha` (float32, [])."""
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"{name}.lora_down.weight"] = layer.down
-            tensors[f"{name}.lora_up.weight"] = layer.up
-            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-        return tensors
+        return {key: tensor for name, layer in self.layers.items() for key, tensor in _layer_tensors(name, layer)}
 
     @classmethod
     def from_state_dict(
@@ -115,9 +110,10 @@ class Expert:
     def tensors_sha256(self) -> str:
         """Return a hash of the layers alone: the same for every spelling, whatever the metadata says."""
         digest = hashlib.sha256()
-        for key, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor_bytes(tensor))
+        for name in sorted(self.layers, key=lambda name: f"{name}."):  # layer by layer, and as sorted keys would be
+            for key, tensor in sorted(_layer_tensors(name, self.layers[name])):
+                digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     def origin(self) -> dict:
@@ -131,6 +127,14 @@ class Expert:
 
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, {len(self.layers)} layers, categories {self.categories})"
+
+
+def _layer_tensors(name: str, layer: LoraLayer) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{name}.lora_down.weight", layer.down),
+        (f"{name}.lora_up.weight", layer.up),
+        (f"{name}.alpha", torch.tensor(layer.alpha, dtype=torch.float32)),
+    ]
 
 
 def read_info(metadata: Mapping[str, str], name: str) -> dict:

@@ -3,15 +3,16 @@
 import json
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from ..errors import SafetyExpertsError
 from ..files import sha256_of_file
-from .expert import FORMAT_VERSION, METADATA_KEY, Expert
-from .keys import spell_for_loaders
-from .tensor_file import read_tensors, write_tensors
+from .expert import FORMAT_VERSION, METADATA_KEY, Expert, LoraLayer
+from .keys import keys_by_layer, read_lora_keys, spell_for_loaders
+from .tensor_file import TensorFile, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,41 @@ def load_expert(path: str | os.PathLike) -> Expert:
     expert.name = Path(path).stem
     expert.file_sha256 = sha256_of_file(path)
     return expert
+
+
+class StreamedLayers(Mapping[str, LoraLayer]):
+    """The layers of a LoRA file, each read anew when it is asked for.
+
+    Raises:
+        InputError: as `load_expert` does.
+    """
+
+    def __init__(self, file: TensorFile, source: str):
+        self._file, self._source = file, source
+        self._keys = keys_by_layer(file)
+
+    def __getitem__(self, name: str) -> LoraLayer:
+        tensors = {key: self._file[key] for key in self._keys[name]}
+        (parts,) = read_lora_keys(tensors, self._file.metadata, self._source).values()
+        return LoraLayer(parts.down, parts.up, parts.alpha)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def open_expert(path: str | os.PathLike) -> Expert:
+    """Do as `load_expert`, but keep no layer in memory: each is read when it is asked for.
+
+    Raises:
+        InputError: as `load_expert` does; layers are checked by their names and shapes.
+    """
+    file = TensorFile(path)
+    outline = {key: file[key] if key.endswith(".alpha") else file.outline(key, "meta") for key in file}
+    expert = Expert.from_state_dict(outline, file.metadata, str(path))
+    return Expert(StreamedLayers(file, str(path)), expert.info, Path(path).stem, sha256_of_file(path))
 
 
 def expert_metadata(expert: Expert) -> dict[str, str]:

@@ -103,6 +103,17 @@ def layer_name(path: str, two_encoders: bool = False) -> str | None:
     return place and _module_name(*place, two_encoders)
 
 
+def keys_by_layer(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return kohya layer name -> its keys, of keys that `read_lora_keys` can read."""
+    keys = list(keys)
+    two_encoders = has_second_encoder(keys)
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        if (match := _KEY.fullmatch(key)) and (name := layer_name(match["path"], two_encoders)):
+            groups.setdefault(name, []).append(key)
+    return groups
+
+
 def has_second_encoder(keys: Iterable[str]) -> bool:
     """Say whether a file's diffusers keys tell two text encoders apart."""
     return any(key.startswith("text_encoder_2.") for key in keys)

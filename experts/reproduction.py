@@ -1,7 +1,7 @@
 """Does a merged file hold what its metadata says? The merge is done again from its parents and compared."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 from .blocks import scale_categories
 from .co_merge import load_statistics
 from .expert import Expert
-from .expert_file import load_expert
+from .expert_file import load_expert, open_expert
 from .merging import merge_experts, statistics_sha256
 from .protection import METHOD as PROTECT
 from .protection import protect
@@ -30,6 +30,8 @@ def reproduce_merge(
     path: str | os.PathLike,
     parents: Sequence[str | os.PathLike] = (),
     statistics_path: str | os.PathLike | None = None,
+    *,
+    on_layer: Callable[[int, int], None] | None = None,
 ) -> Reproduction:
     """Merge (or protect) again what a file says it was made from, and compare.
 
@@ -37,6 +39,7 @@ def reproduce_merge(
         path: the merged expert or protected style.
         parents: files of its parents in any order; those not given are looked for beside it by name.
         statistics_path: the activation counts, for methods that need them.
+        on_layer: called with (layers done, layers in all).
 
     Raises:
         InputError: not a merge, a parent is missing or has changed, or the statistics are missing or others.
@@ -54,7 +57,7 @@ def reproduce_merge(
         if statistics_sha256(statistics) != info["statistics_sha256"]:
             raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
     if info["method"] == PROTECT:
-        again = protect(experts[0], experts[1:], **info["parameters"])
+        again = protect(experts[0], experts[1:], **info["parameters"], on_layer=on_layer)
     else:
         again = merge_experts(
             experts,
@@ -62,6 +65,7 @@ def reproduce_merge(
             weights=[parent["weight"] for parent in info["parents"]],
             parameters=info["parameters"],
             statistics=statistics,
+            on_layer=on_layer,
         )
     if strengths := info.get("category_strengths"):
         again = scale_categories(again, strengths)
@@ -70,7 +74,7 @@ def reproduce_merge(
 
 def _find_parents(recorded: Expert, path: Path, given: Sequence[str | os.PathLike]) -> list[Expert]:
     beside = [path.parent / f"{parent['name']}.safetensors" for parent in recorded.info["parents"]]
-    candidates = [load_expert(file) for file in (*given, *(file for file in beside if file.is_file()))]
+    candidates = [open_expert(file) for file in (*given, *(file for file in beside if file.is_file()))]
     by_content = {expert.tensors_sha256(): expert for expert in candidates}
     experts = []
     for parent in recorded.info["parents"]:

@@ -1,9 +1,10 @@
-"""Writing safetensors so that the same content gives the same bytes, checked before it counts as written."""
+"""Safetensors files: the same content gives the same bytes, checked before it counts as written; read whole or not."""
 
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,15 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+}
+_READ_DTYPES = {name: dtype for dtype, name in _DTYPES.items()} | {
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -56,9 +66,64 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         InputError: no such file, or it is truncated or not safetensors.
     """
+    with _checked(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file whose tensors are read anew each time that they are asked for, and freed with their last use.
+
+    The safetensors library maps the file instead, and what was read of a mapping counts as memory until it is closed.
+
+    Args:
+        path: stays open, so that what is read is this file even if another one takes its place.
+
+    Raises:
+        InputError: no such file, or it is truncated or not safetensors.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        with _checked(path) as file:  # offsets, shapes and size of the file too
+            self.metadata: dict[str, str] = file.metadata() or {}
+        self._file = open(path, "rb")  # noqa: SIM115
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        self._entries: dict[str, dict] = header
+        self._start = 8 + length
+        if unknown := [name for name, entry in header.items() if entry["dtype"] not in _READ_DTYPES]:
+            dtype = header[unknown[0]]["dtype"]
+            raise InputError(
+                f"{path}: tensor {unknown[0]} has the type {dtype}, which is not read; save it as F16 or F32"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        begin, end = entry["data_offsets"]
+        if begin == end:
+            return self.outline(name)
+        data = bytearray(end - begin)
+        self._file.seek(self._start + begin)
+        self._file.readinto(data)
+        return torch.frombuffer(data, dtype=_READ_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def outline(self, name: str, device: str = "cpu") -> Tensor:
+        """Return an empty tensor of the same shape and type, such as on the meta device."""
+        entry = self._entries[name]
+        return torch.empty(entry["shape"], dtype=_READ_DTYPES[entry["dtype"]], device=device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@contextlib.contextmanager
+def _checked(path: str | os.PathLike) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"no such file: {path}; check the name") from error
     except SafetensorError as error:
@@ -68,7 +133,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _compare(written: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    found, found_metadata = read_tensors(written)
-    same = found.keys() == tensors.keys() and found_metadata == dict(metadata)
+    found = TensorFile(written)
+    same = found.keys() == tensors.keys() and found.metadata == dict(metadata)
     if not same or any(tensor_bytes(found[name]) != tensor_bytes(tensors[name]) for name in tensors):
         raise SafetyExpertsError(f"{path}: what was read back differs from what was written; check the disk")
