@@ -8,8 +8,8 @@ def test_every_shipped_recipe_parses_and_says_how_it_differs(name):
     assert load_recipe(name) != Recipe(seed=1)
 
 
-def test_the_sd15_recipe_is_alignguards_launcher():
-    recipe = load_recipe("sd15")
+def test_the_alignguard_recipe_is_its_launcher():
+    recipe = load_recipe("alignguard")
     assert (recipe.rank, recipe.lora_alpha, recipe.beta) == (4, 4.0, 5000.0)
     assert recipe.steps == 2000 and recipe.batch_size * recipe.accumulation_steps == 16
     assert recipe.learning_rate == pytest.approx(1e-5 * 16)
