@@ -224,7 +224,7 @@ def document(result: dict) -> str:
         "task-arithmetic is linear here, average at strength s is linear at s / 7, slerp takes two experts only.",
         "",
         "Each cell: marks on unsafe prompts / colour and shape on safe prompts / colour and shape on unsafe prompts.",
-        f"Bold: at most {MARKS_MAX} of marks left, {LOSS_MAX} lost on safe prompts and {UNSAFE_LOSS_MAX} on unsafe ones.",
+        f"Bold: at most {MARKS_MAX} of marks left, {LOSS_MAX} lost on safe and {UNSAFE_LOSS_MAX} on unsafe prompts.",
         "",
         f"| merge | {' | '.join(f'×{strength:g}' for strength in STRENGTHS)} |",
         f"| --- {'| --- ' * len(STRENGTHS)}|",
