@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.experts.expert import Expert, LoraLayer
-from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.expert_file import open_expert, save_expert
 from safety_experts.experts.merging import METHODS, merge_experts
 
 RESULT = Path(__file__).resolve().parent / "results" / "merging.json"
@@ -102,7 +102,7 @@ def make_expert(number: int) -> Expert:
 
 def probe(case: str, folder: str) -> dict:
     """Return seconds (wall), CPU seconds and peak memory of one case."""
-    experts = [load_expert(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    experts = [open_expert(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     if case == "dense":
         return dense_case(experts)
     if case == "peft":
