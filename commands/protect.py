@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="protected style to write (default: only report)")
     parser.add_argument(
         "--space",
-        default="input",
-        choices=("input", "output", "both"),
-        help="remove what reads where the experts read, writes where they write, or both (default: input)",
+        default="output",
+        choices=("output", "input", "both"),
+        help="remove what writes where the experts write, reads where they read, or both (default: output)",
     )
     parser.add_argument(
         "--strength", type=float, default=1.0, metavar="S", help="0 removes nothing, 1 all (default: 1)"

@@ -12,7 +12,7 @@ from .expert import Expert, LoraLayer
 from .overlap import energy, factors, shared_layers, spaces
 
 METHOD = "protect"
-Space = Literal["input", "output", "both"]
+Space = Literal["output", "input", "both"]
 SPACES: tuple[Space, ...] = get_args(Space)
 
 # Of a style that is itself a merge: they describe how it was made, which its own file still says.
@@ -23,7 +23,7 @@ def protect(
     style: Expert,
     experts: Sequence[Expert],
     *,
-    space: Space = "input",
+    space: Space = "output",
     strength: float = 1.0,
     name: str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
@@ -32,12 +32,14 @@ def protect(
 
     With V an orthonormal basis of all experts' row spaces together and U one of their column spaces, in each layer
 
-        input   down' = down (I - strength V Vᵀ): the style no longer reads what the experts read
         output  up'   = (I - strength U Uᵀ) up:   the style no longer writes where the experts write
+        input   down' = down (I - strength V Vᵀ): the style no longer reads what the experts read
         both    both of these
 
-    At strength 1 either makes ⟨ΔW_style, ΔW_expert⟩ zero: nothing of an expert is cancelled. Layers that no expert has
-    stay as they are. Alphas and ranks stay, changed factors become float32.
+    At strength 1 either makes ⟨ΔW_style, ΔW_expert⟩ zero, but they promise different things of what a layer puts out:
+    after `output`, Uᵀ y is for every input what it is without the style; after `input`, y is so for inputs within V,
+    and real inputs have more than that, from which a style can still write the opposite of the expert
+    (benchmarks/modular_lora.py). Layers that no expert has, alphas and ranks stay; changed factors become float32.
 
     Args:
         style: any LoRA.

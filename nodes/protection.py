@@ -25,7 +25,7 @@ class SafetyExpertsProtect(io.ComfyNode):
                 io.Combo.Input(
                     "space",
                     options=list(SPACES),
-                    tooltip="Remove what reads where the experts read (input), writes where they write, or both.",
+                    tooltip="Remove what writes where the experts write (output), reads where they read, or both.",
                 ),
                 io.Float.Input(
                     "strength",

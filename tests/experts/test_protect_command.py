@@ -35,7 +35,7 @@ def test_protect_writes_a_style_without_overlap_that_can_be_reproduced(files, tm
         assert entry["expert"] == expert.name
         assert entry["layers"][LINEAR] == entry["all"] == overlap(expert, before)[LINEAR].to_json()
         assert entry["all"]["read_share"] > 0.1
-        assert overlap(expert, protected)[LINEAR].read_share < 1e-12
+        assert overlap(expert, protected)[LINEAR].written_share < 1e-12
     sizes = [lora.layers[LINEAR].delta().norm() ** 2 for lora in (before, protected)]
     assert report["kept_energy"] == pytest.approx(float(sizes[1] / sizes[0]), abs=1e-5)
     assert [parent["sha256"] for parent in protected.info["parents"]] == [
@@ -44,7 +44,7 @@ def test_protect_writes_a_style_without_overlap_that_can_be_reproduced(files, tm
     assert reproduce_merge(out).is_identical
     assert run(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "merged by: protect (space input, strength 1.0)" in text and "\n  violence [violence] " in text
+    assert "merged by: protect (space output, strength 1.0)" in text and "\n  violence [violence] " in text
 
 
 def test_protecting_a_protected_merge_still_reproduces(files, tmp_path):

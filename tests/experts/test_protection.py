@@ -110,10 +110,19 @@ def test_a_protected_style_has_no_overlap_and_protecting_again_changes_nothing(m
     assert 0.05 < kept_energy(style, protected) < 0.95
 
 
-def test_the_experts_answer_to_what_they_read_stays_as_it_was(make_expert, dense):
-    """Inputs in the expert's row space pass through expert and protected style as through the expert alone."""
+def test_no_input_makes_the_style_write_where_the_expert_writes(make_expert, dense):
     expert, style = make_expert(1), make_expert(2)
-    protected = protect(style, [expert])
+    protected = protect(style, [expert], space="output")
+    inputs = torch.randn(7, 10, generator=torch.Generator().manual_seed(0)).double()
+
+    written = inputs @ (dense(expert, LINEAR) + dense(protected, LINEAR)).T @ expert.layers[LINEAR].up.double()
+    alone = inputs @ dense(expert, LINEAR).T @ expert.layers[LINEAR].up.double()
+    torch.testing.assert_close(written, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_expert_reads_makes_the_style_write_nothing(make_expert, dense):
+    expert, style = make_expert(1), make_expert(2)
+    protected = protect(style, [expert], space="input")
     inputs = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).double()
 
     heard = inputs @ expert.layers[LINEAR].down.double()
@@ -146,7 +155,8 @@ def test_a_copy_of_the_expert_is_removed_altogether(make_expert):
     expert = make_expert(1)
 
     assert total(overlap(expert, expert).values()).along_expert == pytest.approx(1)
-    assert kept_energy(expert, protect(expert, [expert])) == pytest.approx(0, abs=1e-12)
+    for space in SPACES:
+        assert kept_energy(expert, protect(expert, [expert], space=space)) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_result_names_its_parents_and_the_report_the_layers(make_expert):
@@ -169,7 +179,7 @@ def test_the_result_names_its_parents_and_the_report_the_layers(make_expert):
     ("options", "message"),
     [
         ({"experts": []}, "give at least one expert"),
-        ({"space": "rows"}, "space 'rows' must be one of input, output, both"),
+        ({"space": "rows"}, "space 'rows' must be one of output, input, both"),
         ({"strength": 1.5}, "strength 1.5 must be from 0 to 1"),
         ({"strength": float("nan")}, "strength nan must be from 0 to 1"),
         ({"experts": [lora("wide", [[1.0] * 4], [[1.0], [1.0]])]}, r"is \[2, 3\] in watercolour but \[2, 4\] in wide"),
