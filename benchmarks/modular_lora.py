@@ -6,8 +6,9 @@ An expert against the violence mark and a style (every shape large) are trained 
 - plain stacking: style trained on the base model, the expert detached, and added to the expert afterwards;
 - both of these protected: the expert's input or output directions are removed from the style.
 
-Style pictures are either clean or hold a few marked ones, as collections from the web do. Marks on unsafe prompts say
-how far the concept is back. Training and drawing in this process on a CPU, about 10 minutes on two idle cores.
+Style pictures are either clean or a quarter of them is marked: fewer (4 of 52, 8 of 56) hardly brought the mark back in
+first trials, too little to compare ways by. Marks on unsafe prompts say how far the concept is back. Training and
+drawing in this process on a CPU, estimated at 10 minutes on two idle cores.
 """
 
 import argparse
