@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from safety_experts.commands import run
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.experts.expert import Expert, LoraLayer
@@ -40,6 +41,38 @@ SDXL = {
     "lora_unet_down_blocks_0_downsamplers_0_conv": (320, 320, 3, 3),
     "lora_unet_add_embedding_linear_1": (1280, 2816),
     "lora_unet_add_embedding_linear_2": (1280, 1280),
+}
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+LINEAR, CONVOLUTION = f"lora_unet_{BLOCK}_attn2_to_k", "lora_unet_conv_in"
+LYCORIS = {
+    "loha": {
+        f"{LINEAR}.hada_w1_a": random(320, 4),
+        f"{LINEAR}.hada_w1_b": random(4, 768),
+        f"{LINEAR}.hada_w2_a": random(320, 4) + 0.5,
+        f"{LINEAR}.hada_w2_b": random(4, 768) + 0.5,
+        f"{LINEAR}.alpha": torch.tensor(2.0),
+        f"{CONVOLUTION}.hada_t1": random(3, 3, 3, 3),
+        f"{CONVOLUTION}.hada_w1_a": random(3, 320),
+        f"{CONVOLUTION}.hada_w1_b": random(3, 4),
+        f"{CONVOLUTION}.hada_t2": random(3, 3, 3, 3) + 0.5,
+        f"{CONVOLUTION}.hada_w2_a": random(3, 320) + 0.5,
+        f"{CONVOLUTION}.hada_w2_b": random(3, 4) + 0.5,
+        f"{CONVOLUTION}.alpha": torch.tensor(1.5),
+    },
+    "lokr": {
+        f"{LINEAR}.lokr_w1": random(16, 32),
+        f"{LINEAR}.lokr_w2_a": random(20, 3),
+        f"{LINEAR}.lokr_w2_b": random(3, 24),
+        f"{LINEAR}.alpha": torch.tensor(6.0),
+        f"{CONVOLUTION}.lokr_w1": random(16, 2),
+        f"{CONVOLUTION}.lokr_w2": random(20, 2, 3, 3),
+        f"{CONVOLUTION}.alpha": torch.tensor(1.0),
+    },
 }
 
 
@@ -78,6 +111,8 @@ def folder(unet, tmp_path_factory) -> Path:
     }
     save_expert(merge("linear", every_layer), folder / "every_layer.safetensors")
     save_expert(merge("co-merge", SDXL), folder / "sdxl.safetensors")
+    for kind, tensors in LYCORIS.items():
+        save_file(tensors, folder / f"{kind}.safetensors")
     return folder
 
 
@@ -113,6 +148,16 @@ def test_stock_comfyui_loads_every_key_and_the_same_change(folder, comfyui_chang
         {layer_name(name): value for name, value in found.items()}, load_expert(folder / f"{name}.safetensors")
     )
     assert warnings == []
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_a_converted_file_is_the_change_that_comfyui_makes_of_the_original(folder, comfyui_changes, kind):
+    changes, _ = comfyui_changes
+    found = {key.partition("/")[2]: value for key, value in changes.items() if key.startswith(f"{kind}/")}
+    out = folder / "converted" / f"{kind}.safetensors"
+
+    assert run(["convert", str(folder / f"{kind}.safetensors"), "--out", str(out), "--rank", "1000"]) == 0
+    assert_equal(found, load_expert(out))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from graphs import Graph, save_random_expert
 from safety_experts.errors import SafetyExpertsError
-from safety_experts.experts.expert_file import load_expert
+from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.keys import kohya_name
+from safety_experts.training.checkpoint import load_checkpoint
 
 PROMPT, SEED = "a red circle with thorns", 5
 TAXONOMY = """\
@@ -111,6 +114,44 @@ class TestApply:
 
         assert "\n" not in str(caught.value)
         np.testing.assert_array_equal(_draw(server, checkpoint, Graph(), None), base_image)
+
+
+@pytest.fixture(scope="session")
+def diffusers_file(server, checkpoint) -> str:
+    """A LoRA written as SafetyDPO's training script does; returns the name of the same one with kohya's keys."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    path = server.base_directory / "models" / "checkpoints" / checkpoint
+    unet = load_checkpoint(path).load_unet()
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    unet.add_adapter(config)
+    tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    folder = server.base_directory / "output" / "loras"
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=tensors, weight_name="diffusers.safetensors")
+    layers = {
+        kohya_name(path): LoraLayer(module.lora_A["default"].weight, module.lora_B["default"].weight, 4.0)
+        for path, module in unet.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    save_expert(Expert(layers, {}), folder / "kohya.safetensors")
+    return "kohya"
+
+
+@pytest.mark.usefixtures("expert_files")
+class TestOtherPeoplesFiles:
+    def test_a_file_that_diffusers_wrote_acts_like_the_same_one_with_kohya_keys(
+        self, server, checkpoint, diffusers_file, base_image
+    ):
+        graph = Graph()
+        node = graphs.add_apply(graph, checkpoint, graphs.add_expert(graph, "diffusers"))
+        image = _draw(server, checkpoint, graph, node)
+
+        np.testing.assert_array_equal(image, _image_of_stock(server, checkpoint, (diffusers_file, 1.0)))
+        assert np.abs(image - base_image).max() > 20
 
 
 @pytest.mark.usefixtures("expert_files")

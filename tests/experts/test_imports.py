@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from safety_experts.commands import run
+from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.expert_file import load_expert
@@ -203,3 +204,31 @@ def test_extract_command_and_its_errors(tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(base.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"cut\.safetensors is truncated"):
         extract_expert(tmp_path / "cut.safetensors", base)
+
+
+def test_extraction_from_the_toy_checkpoint_is_the_best_approximation_of_a_full_fine_tuning(tmp_path):
+    """SD1.5's layer shapes, a change of full rank in linear and convolution layers, against dense SVDs."""
+    path = ensure_toy_checkpoint()
+    tensors = load_file(path)
+    block = "model.diffusion_model.input_blocks.1"
+    changes = {}
+    for seed, key in enumerate((f"{block}.1.transformer_blocks.0.attn2.to_k.weight", f"{block}.0.in_layers.2.weight")):
+        weight = tensors[key].float()
+        u, s, vh = torch.linalg.svd(random(*weight.flatten(1).shape, seed=seed), full_matrices=False)
+        decay = 0.05 * 0.9 ** torch.arange(len(s))  # as trained changes fall off
+        tuned = (weight + ((u * decay) @ vh).reshape(weight.shape)).to(tensors[key].dtype)
+        changes[key] = tuned.float() - weight
+        tensors[key] = tuned
+    save_file(tensors, tmp_path / "tuned.safetensors")
+
+    expert = extract_expert(tmp_path / "tuned.safetensors", path, rank=16)
+    prefix = "lora_unet_down_blocks_0"
+    names = [f"{prefix}_attentions_0_transformer_blocks_0_attn2_to_k", f"{prefix}_resnets_0_conv1"]
+    assert sorted(expert.layers) == sorted(names)
+    for name, change in zip(names, changes.values(), strict=True):
+        u, s, vh = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
+        best = ((u[:, :16] * s[:16]) @ vh[:16]).reshape(change.shape)
+        assert expert.layers[name].weight_shape == tuple(change.shape)
+        assert relative(expert.layers[name].delta(), best) < 1e-3
+        kept = float(s[:16].square().sum() / s.square().sum())
+        assert expert.info["retained_energy"][name] == pytest.approx(kept, abs=1e-5)
