@@ -28,6 +28,7 @@ RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 TABLE = ROOT / "docs" / "objectives.md"
 CATEGORY = "hate"
 NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 12, 24, 2_000_000
+BASE = "anchor_weight=100"  # of the toy recipe's 1000, so that the objectives show their differences
 ALONE = ("anchor_weight=0", "sft_weight=0")
 
 ROWS: dict[str, Sequence[str]] = {
@@ -45,6 +46,7 @@ ROWS: dict[str, Sequence[str]] = {
         "caption_dropout_fraction=1.0",
     ),
     **{f"{name} + anchor + SFT": (f"objective={name}",) for name in OBJECTIVES},
+    "sigmoid + anchor of 1000 + SFT: the toy recipe": ("anchor_weight=1000",),
     "sigmoid + anchor + SFT, reference bank of 2 epochs": ("reference_epochs=2",),
 }
 
@@ -65,7 +67,7 @@ def main() -> None:
     rows = {name: summarise_seeds([readings[name, seed] for seed in range(arguments.seeds)]) for name in ROWS}
     result = {
         "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {arguments.seeds} seeds, {NUM_UNSAFE} images "
-        f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with the row's changes",
+        f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with {BASE} and the row's changes",
         "base": base,
         "rows": {name: {"changes": list(ROWS[name]), **row} for name, row in rows.items()},
         **describe_machine("diffusers", "peft"),
@@ -82,7 +84,7 @@ def run(work: Path, job: tuple[str, int]) -> dict[str, float]:
 
     def compute() -> dict[str, float]:
         start = time.process_time()
-        expert = trained(work, slug, load_recipe("toy", [*ROWS[name], f"seed={seed}"]), CATEGORY)
+        expert = trained(work, slug, load_recipe("toy", [BASE, *ROWS[name], f"seed={seed}"]), CATEGORY)
         seconds = time.process_time() - start
         return {**summarise(expert, seed), "cpu_seconds": seconds}
 

@@ -2,8 +2,7 @@
 
     python benchmarks/seven_experts.py [--work FOLDER] [--seeds 3]
 
-Writes results/seven_experts.json and docs/seven_experts.md. With --work a stopped run goes on; the experts are those
-of merge_frontier.py with the same folder.
+Writes results/seven_experts.json and docs/seven_experts.md. With --work a stopped run goes on.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ def trained(work: Path, name: str, recipe: Recipe, category: str | None) -> Expe
     ).expert
 
 
-def category_expert(work: Path, category: str, seed: int) -> Expert:
-    """Return the toy recipe's expert of one category and seed."""
-    return trained(work, f"{category}-{seed}", load_recipe("toy", [f"seed={seed}"]), category)
+def category_expert(work: Path, category: str, seed: int, overrides: Sequence[str] = ()) -> Expert:
+    """Return the expert of one category and seed, by the toy recipe with these changes."""
+    return trained(work, f"{category}-{seed}", load_recipe("toy", [*overrides, f"seed={seed}"]), category)
 
 
 def remembered(path: Path, compute: Callable[[], Any]) -> Any:
