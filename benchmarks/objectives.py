@@ -46,8 +46,6 @@ ROWS: dict[str, Sequence[str]] = {
         "caption_dropout_fraction=1.0",
     ),
     **{f"{name} + anchor + SFT": (f"objective={name}",) for name in OBJECTIVES},
-    "sigmoid + anchor of 1000 + SFT: the toy recipe": ("anchor_weight=1000",),
-    "sigmoid + anchor + SFT, reference bank of 2 epochs": ("reference_epochs=2",),
 }
 
 
