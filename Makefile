@@ -33,7 +33,8 @@ format: $(INSTALLED)  ## put the code into the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## every benchmark that runs on this machine, into benchmarks/results
+bench: $(INSTALLED)  ## every benchmark that runs on this machine, two hours on 2 cores, into benchmarks/results
+	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --editable '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 workflows: $(BROWSER)  ## save example_workflows/ with the real frontend, from example_workflows/api/
