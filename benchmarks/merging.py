@@ -42,7 +42,7 @@ def main() -> None:
         for number in range(NUM_EXPERTS):
             save_expert(make_expert(number), Path(folder) / f"expert_{number}.safetensors")
         cases = {}
-        for case in [*(f"ours {name}" for name in METHODS if name != "slerp"), "dense", "peft"]:
+        for case in [*(f"ours {name}" for name in METHODS if name not in ("slerp", "fitted")), "dense", "peft"]:
             command = [sys.executable, __file__, "--probe", case, folder]
             cases[case] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             print(case, cases[case], flush=True)

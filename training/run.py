@@ -82,7 +82,7 @@ class TrainingRun:
             self.parameters.values(),
             lr=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type in ("cuda", "cpu"),
         )
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.best = {name: value.clone() for name, value in self.average.items()}
