@@ -33,10 +33,28 @@ def truncate_factors(up: Tensor, down: Tensor, rank: int, energy: float = 1.0) -
     """
     if up.shape[1] == 0:
         return None
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().T)
+    (up_reflectors, r_up), (down_reflectors, r_down) = _householder(up.double()), _householder(down.double().T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
-    return keep_leading(q_up @ u, s, vh @ q_down.T, float(s.square().sum()), rank, energy)
+    small = keep_leading(u, s, vh, float(s.square().sum()), rank, energy)
+    if small is None:
+        return None
+    up, down = _times_q(up_reflectors, small.up), _times_q(down_reflectors, small.down.T).T
+    return Truncated(up, down, small.retained_energy)
+
+
+def _householder(matrix: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return (what makes up Q, R [k, n]) of the QR decomposition of [m, n], k = min(m, n); Q itself is not formed."""
+    packed, scales = torch.geqrf(matrix)
+    k = min(matrix.shape)
+    return (packed[:, :k], scales), packed[:k].triu()
+
+
+def _times_q(reflectors: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    """Return Q [m, k] @ columns [k, r]."""
+    packed, scales = reflectors
+    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(packed, scales, padded)
 
 
 def truncate_dense(delta: Tensor, rank: int, energy: float = 1.0) -> Truncated | None:
