@@ -7,20 +7,16 @@ results/merge_frontier.json, docs/merge_frontier.md and docs/merge_frontier.png 
 stopped run goes on, and datasets and experts stay to look at.
 """
 
-import argparse
-import functools
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from safety_experts.demo.experiments import category_expert, in_parallel, remembered, sampler, toy_dataset, trained
+from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
 from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
-from safety_experts.evaluation.statistics import rate_of
+from safety_experts.evaluation.statistics import rate_of_counts
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.preferences.dataset import PreferenceDataset
@@ -47,33 +43,23 @@ CASES: dict[str, tuple[str, dict]] = {
     "co-merge, layers": ("co-merge", {"granularity": "layer"}),
 }
 RATES = ("marks", "unsafe_colour", "unsafe_shape", "safe_colour", "safe_shape", "safe_marks")
-Point = dict[str, list[float]]  # rate -> [how many, of how many]
+Point = dict[str, list[int]]  # rate -> [how many, of how many]
 
 
 def main() -> None:
     """Train, merge and draw; then write numbers, table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for dataset, experts and readings (default: a temporary one)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    seeds = range(arguments.seeds)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        toy_dataset(work)
-        experts = [(name, seed) for seed in seeds for name in (*MARKS, ONE_LORA)]
-        list(in_parallel(functools.partial(expert_of, work), experts, arguments.workers))
-        jobs = [(case, seed) for seed in seeds for case in ("base", ONE_LORA, *CASES)]
-        curves = dict(zip(jobs, in_parallel(functools.partial(curve, work), jobs, arguments.workers), strict=True))
+    with experiment(__doc__) as toy:
+        seeds = toy.seeds
+        toy.run(expert_of, [(name, seed) for seed in seeds for name in (*MARKS, ONE_LORA)])
+        curves = toy.run(curve, [(case, seed) for seed in seeds for case in ("base", ONE_LORA, *CASES)])
         pooled = {case: pool([curves[case, seed] for seed in seeds]) for case in ("base", ONE_LORA, *CASES)}
         base = pooled.pop("base")["1.0"]
         case, strength = best_point(pooled, base)
-        again = [(name, seed, strength) for name in ("base", case) for seed in seeds]
-        found = list(in_parallel(functools.partial(measure_again, work), again, arguments.workers))
-    confirmed = {name: pool(found[start:][: len(seeds)])["1.0"] for name, start in (("base", 0), (case, len(seeds)))}
+        found = toy.run(measure_again, [(name, seed, strength) for name in ("base", case) for seed in seeds])
+    confirmed = {name: pool([found[name, seed, strength] for seed in seeds])["1.0"] for name in ("base", case)}
     result = {
         "best": {"merge": case, "strength": strength, "base": confirmed["base"], "merged": confirmed[case]},
-        "setting": f"toy world, seven experts by the toy recipe with {', '.join(RECIPE)}, {arguments.seeds} seeds; "
+        "setting": f"toy world, seven experts by the toy recipe with {', '.join(RECIPE)}, {len(seeds)} seeds; "
         f"{NUM_UNSAFE} images a mark and {NUM_SAFE} safe ones a seed for each point, {NUM_UNSAFE_AGAIN} and "
         f"{NUM_SAFE_AGAIN} others for the best",
         "base": base,
@@ -89,12 +75,11 @@ def main() -> None:
 def expert_of(work: Path, job: tuple[str, int]) -> Expert:
     """Return one expert, or the one LoRA on all pairs with as many steps as all experts together."""
     name, seed = job
+    recipe = toy_recipe(seed, RECIPE)
     if name != ONE_LORA:
-        return category_expert(work, name, seed, RECIPE)
-    steps = load_recipe("toy").steps * len(MARKS)
-    return trained(
-        work, f"{name.replace(' ', '-')}-{seed}", load_recipe("toy", [*RECIPE, f"seed={seed}", f"steps={steps}"]), None
-    )
+        return trained(work, f"{name}-{seed}", recipe, name)
+    longer = recipe.model_copy(update={"steps": recipe.steps * len(MARKS)})
+    return trained(work, f"{name.replace(' ', '-')}-{seed}", longer)
 
 
 def merged(work: Path, case: str, seed: int) -> Expert | None:
@@ -103,12 +88,12 @@ def merged(work: Path, case: str, seed: int) -> Expert | None:
         return None
     if case == ONE_LORA:
         return expert_of(work, (case, seed))
-    experts = [category_expert(work, name, seed, RECIPE) for name in MARKS]
+    experts = [expert_of(work, (name, seed)) for name in MARKS]
     method, parameters = CASES[case]
     statistics, weights = None, None
     model = sampler()
     if METHODS[method].needs_weights:
-        weights = remembered(work / f"fitted-{seed}.json", lambda: fitted(work, experts, seed))
+        weights = fitted(work, experts, seed)
     if METHODS[method].needs_statistics:
         statistics = collect_statistics(
             experts,
@@ -125,8 +110,11 @@ def fitted(work: Path, experts: Sequence[Expert], seed: int) -> list[float]:
     """Return the strengths that the fitted merge gives the experts."""
     model, recipe = sampler(), load_recipe("strengths", [f"seed={seed}"])
     dataset = PreferenceDataset.open(work / "pairs")
-    return fit_strengths(
-        experts, model.checkpoint_path, dataset, recipe, device="cpu", tokenizer_folder=model.tokenizer_folder
+    options = {"device": "cpu", "tokenizer_folder": model.tokenizer_folder}
+    return remembered(
+        work / f"fitted-{seed}.json",
+        [toy_recipe(seed, RECIPE).model_dump(), recipe.model_dump()],
+        lambda: fit_strengths(experts, model.checkpoint_path, dataset, recipe, **options),
     )
 
 
@@ -141,7 +129,8 @@ def curve(work: Path, job: tuple[str, int]) -> dict[str, Point]:
             str(value): counts(expert, value, NUM_UNSAFE, NUM_SAFE, FIRST_SEED + 1000 * seed) for value in strengths
         }
 
-    return remembered(work / f"frontier-{case.replace(' ', '-')}-{seed}.json", compute)
+    about = [toy_recipe(seed, RECIPE).model_dump(), CASES.get(case), STRENGTHS, NUM_UNSAFE, NUM_SAFE, FIRST_SEED]
+    return remembered(work / f"frontier-{case.replace(' ', '-')}-{seed}.json", about, compute)
 
 
 def measure_again(work: Path, job: tuple[str, int, float]) -> dict[str, Point]:
@@ -172,7 +161,7 @@ def pool(curves: Sequence[dict[str, Point]]) -> dict[str, dict]:
         pooled[strength] = {}
         for name in RATES:
             hits, images = (sum(point[name][index] for point in points) for index in (0, 1))
-            rate = rate_of([True] * int(hits) + [False] * int(images - hits)).to_json()
+            rate = rate_of_counts(hits, images).to_json()
             pooled[strength][name] = {**rate, "seeds": [round(point[name][0] / point[name][1], 3) for point in points]}
     return pooled
 

@@ -17,7 +17,6 @@ import os
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,19 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 from safety_experts.demo import world
+from safety_experts.demo.experiments import sampler, toy_recipe, trained
 from safety_experts.demo.oracle import read_image
-from safety_experts.demo.toy_sampling import ToySampler
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import rate_of
 from safety_experts.experts.expert import Expert
-from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.merging import merge_experts
 from safety_experts.experts.overlap import overlap, total
 from safety_experts.experts.protection import Space, kept_energy, protect
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
-from safety_experts.training.recipe import load_recipe
-from safety_experts.training.trainer import train_expert
 
 RESULT = Path(__file__).resolve().parent / "results" / "modular_lora.json"
 CATEGORY = "violence"
@@ -70,7 +66,7 @@ class Experiment:
     """Trainings and drawings; what `folder` has already been trained is not trained again."""
 
     def __init__(self, folder: Path, images_per_scene: int):
-        self.folder, self.sampler = folder, ToySampler()
+        self.folder, self.sampler = folder, sampler()
         self.images_per_scene = images_per_scene
         self.outcomes: defaultdict[str, Outcomes] = defaultdict(Outcomes)  # by case, as the next
         self.styles: defaultdict[str, list[dict]] = defaultdict(list)
@@ -78,31 +74,14 @@ class Experiment:
 
     def expert(self, seed: int) -> Expert:
         """Return the safety expert of a seed."""
-        return self._train(f"expert_{seed}", self.pairs, [f"seed={seed}"])
+        return trained(self.folder, f"expert_{seed}", toy_recipe(seed), dataset=self.pairs)
 
     def style(self, collection: str, seed: int, with_expert: Expert | None = None) -> Expert:
         """Return the style LoRA of a seed, trained on the base model or on the model with the expert."""
         name = f"style_{collection}_{'aligned' if with_expert else 'detached'}_{seed}"
         pictures = style_pictures(self.folder / collection, COLLECTIONS[collection])
-        recipe = [*STYLE_RECIPE, f"seed={STYLE_SEED + seed}"]
-        return self._train(name, pictures, recipe, [with_expert] if with_expert else [])
-
-    def _train(
-        self, name: str, data: PreferenceDataset, changes: Sequence[str], experts: Sequence[Expert] = ()
-    ) -> Expert:
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            print("training", name, flush=True)
-            train_expert(
-                self.sampler.checkpoint_path,
-                data,
-                load_recipe("toy", changes),
-                path,
-                device="cpu",
-                tokenizer_folder=self.sampler.tokenizer_folder,
-                with_experts=experts,
-            )
-        return load_expert(path)
+        recipe = toy_recipe(STYLE_SEED + seed, STYLE_RECIPE)
+        return trained(self.folder, name, recipe, dataset=pictures, with_experts=[with_expert] if with_expert else [])
 
     def draw(self, case: str, *loras: Expert) -> None:
         """Draw unsafe and safe prompts with some LoRAs on top of each other; the noises are the same every time."""

@@ -6,22 +6,17 @@ One expert a seed against the stripes (category hate) for each row; writes resul
 docs/objectives.md. With --work a stopped run goes on, and datasets and experts stay to look at.
 """
 
-import argparse
-import functools
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from safety_experts.demo.experiments import in_parallel, remembered, sampler, toy_dataset, trained
+from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
 from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.training.objectives import OBJECTIVES
-from safety_experts.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
@@ -51,20 +46,12 @@ ROWS: dict[str, Sequence[str]] = {
 
 def main() -> None:
     """Train and measure every row, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for dataset, experts and readings (default: a temporary one)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        toy_dataset(work)
-        jobs = [(name, seed) for name in ROWS for seed in range(arguments.seeds)]
-        readings = dict(zip(jobs, in_parallel(functools.partial(run, work), jobs, arguments.workers), strict=True))
-        base = remembered(work / "objectives-base.json", lambda: summarise(None))
-    rows = {name: summarise_seeds([readings[name, seed] for seed in range(arguments.seeds)]) for name in ROWS}
+    with experiment(__doc__) as toy:
+        readings = toy.run(run, [(name, seed) for name in ROWS for seed in toy.seeds])
+    base = summarise(None)
+    rows = {name: summarise_seeds([readings[name, seed] for seed in toy.seeds]) for name in ROWS}
     result = {
-        "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {arguments.seeds} seeds, {NUM_UNSAFE} images "
+        "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {len(toy.seeds)} seeds, {NUM_UNSAFE} images "
         f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with {BASE} and the row's changes",
         "base": base,
         "rows": {name: {"changes": list(ROWS[name]), **row} for name, row in rows.items()},
@@ -79,14 +66,15 @@ def run(work: Path, job: tuple[str, int]) -> dict[str, float]:
     """Return what one expert does."""
     name, seed = job
     slug = f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}"
+    recipe = toy_recipe(seed, [BASE, *ROWS[name]])
 
     def compute() -> dict[str, float]:
         start = time.process_time()
-        expert = trained(work, slug, load_recipe("toy", [BASE, *ROWS[name], f"seed={seed}"]), CATEGORY)
+        expert = trained(work, slug, recipe, CATEGORY)
         seconds = time.process_time() - start
         return {**summarise(expert, seed), "cpu_seconds": seconds}
 
-    return remembered(work / f"{slug}.json", compute)
+    return remembered(work / f"{slug}.json", [recipe.model_dump(), NUM_UNSAFE, NUM_SAFE, FIRST_SEED], compute)
 
 
 def summarise(expert, seed: int = 0) -> dict[str, float]:

@@ -1,10 +1,14 @@
 """Experiments on the toy world: many experts trained and measured, on all cores, going on where a stopped run ended."""
 
+import argparse
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +23,65 @@ from .toy_sampling import ToySampler
 PAIRS_PER_CATEGORY = 48
 
 
-@cache
+@functools.cache
 def sampler() -> ToySampler:
     """Return this process's toy model."""
     return ToySampler()
 
 
-def toy_dataset(work: Path) -> PreferenceDataset:
-    """Return 48 pairs of each category, drawn by the toy model into `work` if they are not there yet."""
-    return sampler().build_dataset(work / "pairs", PAIRS_PER_CATEGORY)
+@dataclass(frozen=True)
+class Experiment:
+    """Where an experiment keeps its dataset, experts and readings, and how much of it is wanted."""
+
+    work: Path
+    seeds: range
+    workers: int
+
+    def run(self, function: Callable[[Path, Any], Any], jobs: Sequence[Any]) -> dict[Any, Any]:
+        """Return job -> function(work, job), from processes of one thread each.
+
+        One thread each: on a CPU two processes draw nearly twice as much as one of two threads.
+        """
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the processes start
+        with context.Pool(self.workers) as pool:
+            return dict(zip(jobs, pool.imap(functools.partial(function, self.work), jobs), strict=True))
 
 
-def trained(work: Path, name: str, recipe: Recipe, category: str | None) -> Expert:
-    """Return the expert `work`/<name>.safetensors, trained now unless it is there with this very recipe."""
+@contextlib.contextmanager
+def experiment(description: str | None) -> Iterator[Experiment]:
+    """Read --work, --seeds and --workers, and yield the experiment with 48 pairs of each category in work/pairs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for dataset, experts and readings (default: a temporary one)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each expert (default: 3)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        sampler().build_dataset(work / "pairs", PAIRS_PER_CATEGORY)
+        yield Experiment(work, range(arguments.seeds), arguments.workers)
+
+
+def trained(
+    work: Path,
+    name: str,
+    recipe: Recipe,
+    category: str | None = None,
+    dataset: PreferenceDataset | None = None,
+    with_experts: Sequence[Expert] = (),
+) -> Expert:
+    """Return the expert `work`/<name>.safetensors, trained now unless it is there, made in this very way.
+
+    Args:
+        dataset: by default the one in work/pairs.
+        with_experts: part of the model in training.
+    """
     path = work / f"{name}.safetensors"
-    if path.exists() and (expert := load_expert(path)).info.get("recipe") == recipe.model_dump():
-        return expert
-    dataset = PreferenceDataset.open(work / "pairs")
+    dataset = dataset or PreferenceDataset.open(work / "pairs")
+    wanted = {"recipe": recipe.model_dump(), "dataset_fingerprint": dataset.fingerprint()}
+    wanted["trained_with"] = [expert.origin() for expert in with_experts] or None
+    if path.exists() and all(load_expert(path).info.get(key) == value for key, value in wanted.items()):
+        return load_expert(path)
     model = sampler()
     return train_expert(
         model.checkpoint_path,
@@ -45,29 +91,23 @@ def trained(work: Path, name: str, recipe: Recipe, category: str | None) -> Expe
         category=category,
         device="cpu",
         tokenizer_folder=model.tokenizer_folder,
+        with_experts=with_experts,
     ).expert
 
 
-def category_expert(work: Path, category: str, seed: int, overrides: Sequence[str] = ()) -> Expert:
-    """Return the expert of one category and seed, by the toy recipe with these changes."""
-    return trained(work, f"{category}-{seed}", load_recipe("toy", [*overrides, f"seed={seed}"]), category)
+def toy_recipe(seed: int, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the toy recipe with these changes and this seed."""
+    return load_recipe("toy", [*overrides, f"seed={seed}"])
 
 
-def remembered(path: Path, compute: Callable[[], Any]) -> Any:
-    """Return the JSON in `path`, computed and written there the first time."""
-    if not path.exists():
-        value = compute()
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(value), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def in_parallel(function: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterator[Any]:
-    """Yield function(job) for each job, in order, from processes of one thread each.
-
-    One thread each: on a CPU two processes draw nearly twice as much as one of two threads.
-    """
-    context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the processes start
-    with context.Pool(workers) as pool:
-        yield from pool.imap(function, jobs)
+def remembered(path: Path, about: Any, compute: Callable[[], Any]) -> Any:
+    """Return the JSON value in `path`; it is computed and written there unless one of the same `about` is there."""
+    about = json.loads(json.dumps(about))
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["about"] == about:
+            return kept["value"]
+    value = compute()
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps({"about": about, "value": value}), encoding="utf-8")
+    return value

@@ -5,20 +5,19 @@ KSampler's `dpmpp_2m` and `karras` do; starting noise differs from ComfyUI's.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..experts.expert import Expert
-from ..experts.keys import kohya_name
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
 from ..training.checkpoint import load_checkpoint
 from ..training.denoiser import UNetDenoiser
+from ..training.lora import add_frozen
 from ..training.preparation import tune_for_device
 from ..training.samples import decode_images, sample_latents
 from .comfyui import find_comfyui
@@ -107,15 +106,11 @@ class ToySampler:
 @contextlib.contextmanager
 def _weights_with(unet: nn.Module, expert: Expert | None) -> Iterator[None]:
     """Inside, the UNet's weights carry the expert; afterwards they are the very tensors they were."""
-    layers: Mapping = expert.layers if expert else {}
-    modules = {kohya_name(path): module for path, module in unet.named_modules()}
-    if unknown := [name for name in layers if name not in modules]:
-        raise InputError(f"layer {unknown[0]} is not in the toy model; draw with an expert that was trained on it")
-    before = {name: modules[name].weight.data for name in layers}
+    before = {parameter: parameter.data for parameter in unet.parameters()}
     try:
-        for name, layer in layers.items():
-            modules[name].weight.data = before[name] + layer.delta()
+        if expert:
+            add_frozen(unet, expert)
         yield
     finally:
-        for name, weight in before.items():
-            modules[name].weight.data = weight
+        for parameter, weight in before.items():
+            parameter.data = weight

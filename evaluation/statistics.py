@@ -23,11 +23,20 @@ def rate_of(outcomes: list[bool]) -> Rate:
     Raises:
         ValueError: `outcomes` is empty.
     """
-    n = len(outcomes)
+    return rate_of_counts(sum(outcomes), len(outcomes))
+
+
+def rate_of_counts(hits: int, num_images: int) -> Rate:
+    """Return `hits` of `num_images` as `rate_of` does.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    n = num_images
     if not n:
         raise ValueError("a rate needs at least one outcome")
     z = 1.959963984540054
-    p = sum(outcomes) / n
+    p = hits / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Rate(p, max(0.0, centre - half), min(1.0, centre + half), n)

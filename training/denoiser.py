@@ -28,6 +28,11 @@ class Denoiser(Protocol):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
 
 
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, a model computes in `dtype` by autocast; None: in the weights' own."""
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+
 class UNetDenoiser:
     """SD1.x, SD2.x and SDXL UNets under the discrete DDPM schedule, predicting noise or velocity.
 
@@ -70,13 +75,9 @@ class UNetDenoiser:
                 "text_embeds": conditions["pooled"],
                 "time_ids": sizes.to(noisy.device).expand(len(noisy), -1),
             }
-        precision = (
-            torch.autocast(noisy.device.type, dtype=self.autocast_dtype)
-            if self.autocast_dtype
-            else contextlib.nullcontext()
-        )
-        with precision:
-            hidden = conditions["hidden_states"]
+        with computing_in(self.autocast_dtype, noisy.device):
+            # Once here, instead of in every cross-attention layer.
+            hidden = conditions["hidden_states"].to(self.autocast_dtype or torch.float32)
             return self.unet(
                 noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
             )[0].float()

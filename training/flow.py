@@ -4,13 +4,13 @@ x_s = (1 - s) latents + s noise, velocity = dx/ds = noise - latents, s = 0 the i
 (arXiv 2403.03206, eq. 2 and 13).
 """
 
-import contextlib
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Conditions
+from .denoiser import Conditions, computing_in
 from .noise_schedule import NUM_TIMESTEPS
 
 FlowError = Literal["velocity", "x0"]
@@ -31,7 +31,7 @@ def shift_of(family: str, has_guidance: bool) -> float:
     return FLUX_DEV_SHIFT if has_guidance else FLUX_SCHNELL_SHIFT
 
 
-class FlowDenoiser:
+class FlowDenoiser(ABC):
     """A transformer under rectified flow. Subclasses say how it is called.
 
     Args:
@@ -68,17 +68,13 @@ class FlowDenoiser:
         height, width = noisy.shape[2:]
         # Patches are 2 x 2; an odd side goes on where it began, as in ComfyUI.
         even = nn.functional.pad(noisy, (0, width % 2, 0, height % 2), mode="circular")
-        precision = (
-            torch.autocast(noisy.device.type, dtype=self.autocast_dtype)
-            if self.autocast_dtype
-            else contextlib.nullcontext()
-        )
-        with precision:
+        with computing_in(self.autocast_dtype, noisy.device):
             velocity = self._velocity(even, sigmas, conditions).float()[..., :height, :width]
         return noisy - sigmas.view(-1, 1, 1, 1) * velocity if self.error == "x0" else velocity
 
+    @abstractmethod
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
-        raise NotImplementedError
+        """Return the model's output [b, c, h, w] for even h and w; sigmas are [b]."""
 
 
 class SD3Denoiser(FlowDenoiser):

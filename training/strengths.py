@@ -19,9 +19,9 @@ from ..experts.keys import kohya_name
 from ..experts.merging import merge_experts
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
-from .checkpoint import load_checkpoint, make_denoiser
-from .lora import ADAPTER, attach_lora, lora_modules
-from .preparation import compute_dtype, encode_dataset, tune_for_device
+from .checkpoint import load_checkpoint
+from .lora import ADAPTER, lora_modules
+from .preparation import compute_dtype, encode_dataset, load_policy
 from .processes import Processes
 from .recipe import Recipe
 from .run import TrainingRun
@@ -67,12 +67,9 @@ def fit_strengths(
     dtype = compute_dtype(recipe, target)
     pairs = dataset.training_pairs()
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
-    unet = checkpoint.load_unet(dtype=dtype, device=target)
-    tune_for_device(unet, target)
-    attach_lora(unet, recipe)
+    unet, denoiser = load_policy(checkpoint, recipe, (), target, dtype)
     strengths = nn.Parameter(torch.ones(len(experts), device=target))
     _attach(unet, experts, strengths)
-    denoiser = make_denoiser(checkpoint, unet, dtype if dtype != torch.float32 else None, recipe.flow_error)
     plan = BatchPlan(pairs, cache, recipe)
     run = TrainingRun(unet, denoiser, plan, recipe, target, parameters={"strengths": strengths})
     while run.step < recipe.steps and run.take_step(should_stop or (lambda: False)) is not None:

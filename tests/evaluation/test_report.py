@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 from safety_experts.evaluation.report import Check, Pictures, Report, Table, write_report
-from safety_experts.evaluation.statistics import rate_of
+from safety_experts.evaluation.statistics import rate_of, rate_of_counts
 
 
 def test_wilson_interval_of_8_in_10_is_the_textbook_value():
@@ -18,6 +18,7 @@ def test_an_interval_stays_inside_0_and_1_and_needs_an_outcome():
     assert rate_of([True] * 5).high == 1.0
     with pytest.raises(ValueError, match="at least one"):
         rate_of([])
+    assert rate_of_counts(8, 10) == rate_of([True] * 8 + [False] * 2)
 
 
 def test_a_report_is_one_page_that_escapes_what_it_shows(tmp_path):
