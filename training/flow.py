@@ -34,6 +34,9 @@ def shift_of(family: str, has_guidance: bool) -> float:
 class FlowDenoiser(ABC):
     """A transformer under rectified flow. Subclasses say how it is called.
 
+    Attributes:
+        sampling_guidance: classifier-free guidance to draw with; 1 where the model needs none.
+
     Args:
         unet: the diffusers transformer.
         shift: how far the levels lie on the noisy side: s = shift u / (1 + (shift - 1) u), u = (timestep + 1) / 1000.
@@ -41,6 +44,8 @@ class FlowDenoiser(ABC):
         error: "velocity" compares velocities; "x0" the images that follow from them, noisy - s velocity, so an error
             counts s^2 times (DUO's preconditioned form, arXiv 2407.21035).
     """
+
+    sampling_guidance = 5.0
 
     def __init__(
         self,
@@ -65,12 +70,16 @@ class FlowDenoiser(ABC):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         sigmas = self.sigmas(timesteps)
+        velocity = self.velocity(noisy, sigmas, conditions)
+        return noisy - sigmas.view(-1, 1, 1, 1) * velocity if self.error == "x0" else velocity
+
+    def velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
+        """Return dx/ds [b, c, h, w] float32 at noise levels [b]."""
         height, width = noisy.shape[2:]
         # Patches are 2 x 2; an odd side goes on where it began, as in ComfyUI.
         even = nn.functional.pad(noisy, (0, width % 2, 0, height % 2), mode="circular")
         with computing_in(self.autocast_dtype, noisy.device):
-            velocity = self._velocity(even, sigmas, conditions).float()[..., :height, :width]
-        return noisy - sigmas.view(-1, 1, 1, 1) * velocity if self.error == "x0" else velocity
+            return self._velocity(even, sigmas, conditions).float()[..., :height, :width]
 
     @abstractmethod
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
@@ -92,6 +101,8 @@ class SD3Denoiser(FlowDenoiser):
 
 class FluxDenoiser(FlowDenoiser):
     """FLUX.1 dev and schnell: a diffusers FluxTransformer2DModel, which takes the image as a sequence of patches."""
+
+    sampling_guidance = 1.0  # distilled
 
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
         batch, channels, height, width = noisy.shape

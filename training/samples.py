@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
 from ..preferences.dataset import PreferencePair
 from .cache import PairCache
 from .checkpoint import Checkpoint
 from .denoiser import Conditions, Denoiser
+from .flow import FlowDenoiser
 from .lora import seeded_generator
 from .vae import Vae
 
@@ -34,17 +34,9 @@ class SampleDrawer:
     """Draws the two prompts of `pair` with the UNet in training, and decodes with the checkpoint's VAE.
 
     The VAE is loaded for each drawing and freed, so that training keeps the memory.
-
-    Raises:
-        InputError: the model is no epsilon or v model.
     """
 
     def __init__(self, checkpoint: Checkpoint, cache: PairCache, pair: PreferencePair, device: torch.device):
-        if checkpoint.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"samples while training need an epsilon or v model, {checkpoint.name} predicts "
-                f"{checkpoint.prediction_type}; train without samples"
-            )
         self.checkpoint, self.cache, self.device = checkpoint, cache, device
         self.prompts = list(dict.fromkeys([pair.prompt, pair.safe_prompt]))
         self.shape = tuple(cache.latents(pair)[0].shape)
@@ -57,7 +49,10 @@ class SampleDrawer:
         noise = torch.randn(self.shape, generator=seeded_generator(run.recipe.seed, "samples"))
         noise = noise.to(self.device).expand(len(self.prompts), -1, -1, -1)
         with run.weights(run.average):
-            latents = sample_latents(run.denoiser, self.checkpoint, noise, conditions, STEPS, GUIDANCE)
+            if isinstance(run.denoiser, FlowDenoiser):
+                latents = sample_flow_latents(run.denoiser, noise, conditions, STEPS)
+            else:
+                latents = sample_latents(run.denoiser, self.checkpoint, noise, conditions, STEPS, GUIDANCE)
         vae = self.checkpoint.load_vae(device=self.device)
         return Samples(step, dict(zip(self.prompts, decode_images(vae, latents), strict=True)))
 
@@ -90,6 +85,27 @@ def sample_latents(
         both = torch.cat([latents, latents])
         conditional, empty = denoiser.predict(both, timestep.expand(len(both)), conditions).chunk(2)
         latents = scheduler.step(empty + guidance * (conditional - empty), timestep, latents).prev_sample
+    return latents
+
+
+def sample_flow_latents(denoiser: FlowDenoiser, noise: Tensor, conditions: Conditions, num_steps: int) -> Tensor:
+    """Return latents [b, c, h, w] by Euler's method, as ComfyUI's `euler` and `simple` do, at the model's own guidance.
+
+    Args:
+        noise, conditions: as `sample_latents` takes them.
+    """
+    guidance, rows = denoiser.sampling_guidance, len(noise)
+    levels = denoiser.sigmas(torch.linspace(999, -1, num_steps + 1, device=noise.device))
+    latents = noise
+    for sigma, next_sigma in zip(levels, levels[1:]):
+        if guidance == 1:
+            conditional = {name: value[:rows] for name, value in conditions.items()}
+            velocity = denoiser.velocity(latents, sigma.expand(rows), conditional)
+        else:
+            both = torch.cat([latents, latents])
+            velocity, empty = denoiser.velocity(both, sigma.expand(2 * rows), conditions).chunk(2)
+            velocity = empty + guidance * (velocity - empty)
+        latents = latents + (next_sigma - sigma) * velocity
     return latents
 
 

@@ -15,6 +15,7 @@ from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
 from safety_experts.training.recipe import Recipe
+from safety_experts.training.samples import sample_flow_latents
 from safety_experts.training.trainer import train_expert
 from safety_experts.training.transformer import build_transformer
 from safety_experts.training.transformer_keys import infer_transformer, native_weight
@@ -225,6 +226,29 @@ def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
 
 
 @torch.no_grad()
+def test_samples_are_the_pipelines(single, pipeline, family):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler, pipeline.scheduler = pipeline.scheduler, FlowMatchEulerDiscreteScheduler(shift=single.shift)
+    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    # Evenly spaced before the shift; left to itself, SD3's pipeline shifts twice.
+    options = {"height": 32, "width": 48, "sigmas": [1.0, 0.75, 0.5, 0.25], "output_type": "latent"}
+    pipeline.set_progress_bar_config(disable=True)
+    if family == "sd3":
+        drawn = pipeline(PROMPTS[1], latents=noise, guidance_scale=5.0, max_sequence_length=77, **options).images
+    else:
+        packed = pipeline._pack_latents(noise, 1, 16, 4, 6)
+        drawn = pipeline(PROMPTS[1], latents=packed, guidance_scale=3.5, max_sequence_length=256, **options).images
+        drawn = pipeline._unpack_latents(drawn, 32, 48, pipeline.vae_scale_factor)
+    pipeline.scheduler = scheduler
+    denoiser = make_denoiser(single, single.load_unet())
+    conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
+    ours = sample_flow_latents(denoiser, noise, conditions, num_steps=4)
+    assert (ours - noise).std() > 0.1
+    torch.testing.assert_close(ours, drawn, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_bfloat16_predicts_nearly_what_float32_does(single, family):
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden_states": (2, 9, flow.T5_WIDTH[family]), "pooled": (2, flow.POOLED_WIDTH[family])}
@@ -263,10 +287,12 @@ def dataset(tmp_path_factory):
     return dataset
 
 
-def train(checkpoint, dataset, out, tokenizer_folder, **options):
+def train(checkpoint, dataset, out, tokenizer_folder, on_samples=None, **options):
     values = {"rank": 2, "steps": 2, "batch_size": 2, "accumulation_steps": 1, "precision": "fp32", "warmup_steps": 0}
     recipe = Recipe(**values, anchor_weight=1.0, **options)
-    return train_expert(checkpoint.path, dataset, recipe, out, device="cpu", tokenizer_folder=tokenizer_folder)
+    places = {"device": "cpu", "tokenizer_folder": tokenizer_folder}
+    watching = {"sample_every": 2, "on_samples": on_samples} if on_samples else {}
+    return train_expert(checkpoint.path, dataset, recipe, out, **places, **watching)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +309,14 @@ def test_an_expert_is_trained_and_loads_in_stock_loaders(single, dataset, tokeni
     assert still == (["lora_transformer_transformer_blocks_1_attn_add_q_proj"] if family == "sd3" else [])
     assert expert.info["base_checkpoint"]["family"] == family
     assert all(comfyui_matches(key) for key in read_tensors(result.path)[0])
+
+
+def test_pictures_are_drawn_while_it_trains(single, dataset, tokenizer_folder, tmp_path):
+    drawn = []
+    train(single, dataset, tmp_path / "a.safetensors", tokenizer_folder, on_samples=drawn.append)
+    assert [samples.step for samples in drawn] == [0, 2]
+    pictures = [picture for samples in drawn for picture in samples.pictures.values()]
+    assert len(pictures) == 4 and all(np.asarray(picture).std() > 1 for picture in pictures)
 
 
 def test_a_folder_trains_too_and_experts_merge(folder, dataset, tokenizer_folder, tmp_path):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pair
-from safety_experts.errors import InputError
 from safety_experts.training.samples import GUIDANCE, STEPS, SampleDrawer, sample_latents
 from small_training import SmallTraining
 
@@ -67,11 +66,6 @@ def test_the_pair_gives_the_prompts_each_once():
     assert drawer.prompts == PROMPTS
     same = make_pair(0, prompt="a red circle 0")
     assert SampleDrawer(Known("epsilon"), Known("epsilon"), same, torch.device("cpu")).prompts == PROMPTS[1:]
-
-
-def test_a_flow_model_is_refused_in_one_line():
-    with pytest.raises(InputError, match="need an epsilon or v model, known predicts flow; train without samples"):
-        SampleDrawer(Known("flow"), Known("flow"), make_pair(0), torch.device("cpu"))
 
 
 def test_sampling_changes_nothing_and_comes_when_asked(tmp_path):
