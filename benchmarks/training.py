@@ -142,7 +142,7 @@ def main() -> None:
     print(json.dumps(result["claims"], indent=2))
 
 
-def in_a_process(case: str, arguments: argparse.Namespace, batch_size: int) -> dict[str, float]:
+def in_a_process(case: str, arguments: argparse.Namespace, batch_size: int) -> dict:
     """Return what `time_case` measures, in a process of its own."""
     command = [sys.executable, __file__, "--model", arguments.model, "--device", arguments.device]
     command += ["--batch-size", str(batch_size), "--steps", str(arguments.steps), "--case", case]
@@ -151,14 +151,17 @@ def in_a_process(case: str, arguments: argparse.Namespace, batch_size: int) -> d
     return json.loads(output.splitlines()[-1])
 
 
-def median_of(rounds: list[dict[str, float]]) -> dict:
-    """Return the median of each number, and pairs a second of every round."""
-    medians = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+def median_of(rounds: list[dict]) -> dict:
+    """Return the median of each number, pairs a second of every round, and where time goes in the last."""
+    medians = {
+        name: value if isinstance(value, dict) else statistics.median(found[name] for found in rounds)
+        for name, value in rounds[-1].items()
+    }
     return {**medians, "pairs_per_second_of_each_round": [found["pairs_per_second"] for found in rounds]}
 
 
-def time_case(case: str, model: str, device: torch.device, batch_size: int, steps: int) -> dict[str, float]:
-    """Return pairs a second, peak memory and, on a GPU, the part of its matrix rate that is used."""
+def time_case(case: str, model: str, device: torch.device, batch_size: int, steps: int) -> dict:
+    """Return pairs a second, peak memory, the part of the device's matrix rate in use, and where the time goes."""
     torch.manual_seed(0)
     start_over = None
     if case.startswith("ours"):
@@ -168,8 +171,6 @@ def time_case(case: str, model: str, device: torch.device, batch_size: int, step
             SHAPES[model], device, batch_size, has_second_unet=case == "replica", is_cached=case == "cached"
         )
     for _ in range(WARMUP_STEPS):
-        step()
-    with FlopCounterMode(display=False) as counter:
         step()
     if start_over:
         start_over()
@@ -184,13 +185,34 @@ def time_case(case: str, model: str, device: torch.device, batch_size: int, step
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
     peak = torch.cuda.max_memory_allocated() if is_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with FlopCounterMode(display=False) as counter:  # with a reference bank, of a step that finds its predictions there
+        step()
+    rate = matrix_rate(device)
     return {
         "pairs_per_second": round(batch_size / seconds, 3),
         "seconds_per_step": round(seconds, 4),
         "peak_memory_gb": round(peak / 1e9, 3),
         "teraflop_per_step": round(counter.get_total_flops() / 1e12, 4),
-        "flops_utilisation": round(counter.get_total_flops() / seconds / matrix_rate(device), 3),
+        "flops_utilisation": round(counter.get_total_flops() / seconds / rate, 3),
+        "floor_seconds_per_step": round(counter.get_total_flops() / rate, 4),
+        "milliseconds_per_step": where_time_goes(step, is_gpu),
     }
+
+
+def where_time_goes(step: Callable[[], None], is_gpu: bool) -> dict[str, float]:
+    """Return the operations that take most of a step, in ms."""
+    from torch.profiler import ProfilerActivity, profile
+
+    num_steps = 3
+    with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as profiler:
+        for _ in range(num_steps):
+            step()
+    spent = {
+        event.key: event.self_device_time_total if is_gpu else event.self_cpu_time_total
+        for event in profiler.key_averages()
+    }
+    largest = sorted(spent, key=lambda key: -spent[key])[:10]
+    return {key: round(spent[key] / 1000 / num_steps, 2) for key in largest}
 
 
 def matrix_rate(device: torch.device) -> float:

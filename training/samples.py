@@ -1,6 +1,7 @@
 """Pictures drawn while training: an unsafe prompt and its safe one, from the same noise, with the expert as it is."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def sample_flow_latents(denoiser: FlowDenoiser, noise: Tensor, conditions: Condi
     guidance, rows = denoiser.sampling_guidance, len(noise)
     levels = denoiser.sigmas(torch.linspace(999, -1, num_steps + 1, device=noise.device))
     latents = noise
-    for sigma, next_sigma in zip(levels, levels[1:]):
+    for sigma, next_sigma in pairwise(levels):
         if guidance == 1:
             conditional = {name: value[:rows] for name, value in conditions.items()}
             velocity = denoiser.velocity(latents, sigma.expand(rows), conditional)
