@@ -30,7 +30,7 @@ DOCUMENT = ROOT / "docs" / "merge_frontier.md"
 STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 # Experts with a weaker anchor than the toy recipe's reach a little into each other's categories (with it they do not):
 # that is what a merge has to cope with.
-RECIPE = ("anchor_weight=100",)
+RECIPE = ("anchor_weight=100", "sft_weight=20")
 ONE_LORA = "one LoRA for all categories"
 NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 3, 16, 3_000_000
 MARKS_MAX, LOSS_MAX, UNSAFE_LOSS_MAX = 0.03, 0.01, 0.1

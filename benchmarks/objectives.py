@@ -23,24 +23,27 @@ RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 TABLE = ROOT / "docs" / "objectives.md"
 CATEGORY = "hate"
 NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 12, 24, 2_000_000
-BASE = "anchor_weight=100"  # of the toy recipe's 1000, so that the objectives show their differences
 ALONE = ("anchor_weight=0", "sft_weight=0")
+HELD_OUT = ("held_out_fraction=0.2", "evaluate_steps=3")
+DIVERGENCE_STOP = (*HELD_OUT, "max_chosen_increase=0.02")
 
 ROWS: dict[str, Sequence[str]] = {
     "sigmoid alone (Diffusion-DPO, AlignGuard)": ALONE,
-    "sigmoid alone, lr 5e-4": (*ALONE, "learning_rate=0.0005"),
     "sigmoid, winner preserving (Diffusion-SDPO)": (*ALONE, "winner_preserving=1.0"),
-    "sigmoid + anchor": ("sft_weight=0",),
+    "sigmoid, early stop": (*ALONE, *HELD_OUT, "patience=3"),
+    "sigmoid + anchor of 100": ("anchor_weight=100", "sft_weight=0"),
+    "sigmoid + anchor of 100, divergence stop": ("anchor_weight=100", "sft_weight=0", *DIVERGENCE_STOP),
     "sigmoid + SFT": ("anchor_weight=0",),
     "SFT, no preference loss": ("objective={sigmoid: 0}", "anchor_weight=0"),
-    "SFT + anchor, no preference loss": ("objective={sigmoid: 0}",),
+    "sigmoid + anchor + SFT: the toy recipe": (),
     "DUO's sampling: no prompt, anchor on noise": (
         "sft_weight=0",
+        "anchor_weight=100",
         "anchor_samples=noise",
         "shared_timestep=false",
         "caption_dropout_fraction=1.0",
     ),
-    **{f"{name} + anchor + SFT": (f"objective={name}",) for name in OBJECTIVES},
+    **{f"{name}, divergence stop": (*ALONE, *DIVERGENCE_STOP, f"objective={name}") for name in OBJECTIVES},
 }
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     rows = {name: summarise_seeds([readings[name, seed] for seed in toy.seeds]) for name in ROWS}
     result = {
         "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {len(toy.seeds)} seeds, {NUM_UNSAFE} images "
-        f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with {BASE} and the row's changes",
+        f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with the changes below",
         "base": base,
         "rows": {name: {"changes": list(ROWS[name]), **row} for name, row in rows.items()},
         **describe_machine("diffusers", "peft"),
@@ -66,7 +69,7 @@ def run(work: Path, job: tuple[str, int]) -> dict[str, float]:
     """Return what one expert does."""
     name, seed = job
     slug = f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}"
-    recipe = toy_recipe(seed, [BASE, *ROWS[name]])
+    recipe = toy_recipe(seed, ROWS[name])
 
     def compute() -> dict[str, float]:
         start = time.process_time()
@@ -143,6 +146,8 @@ def table(result: dict) -> str:
     ]
     for name, row in result["rows"].items():
         lines.append(f"| {name} | {' | '.join(cell(key, row[key]) for key in COLUMNS)} |")
+    lines += ["", "What each changes of the toy recipe:", ""]
+    lines += [f"- {name}: {' '.join(f'`{item}`' for item in row['changes'])}" for name, row in result["rows"].items()]
     return "\n".join(lines) + "\n"
 
 
