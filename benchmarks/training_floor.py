@@ -1,0 +1,157 @@
+"""What a training step of SD1.5 and SDXL must compute and keep, counted instead of timed: no GPU is needed.
+
+    python benchmarks/training_floor.py
+
+The UNets, VAEs and text encoders of benchmarks/training.py run on fake tensors; every matrix product, convolution and
+attention is counted, and every tensor while it lives. What `training.py` shows on a GPU beyond the ratio of the counts
+is better use of the device. Not counted: convolution workspaces, fragmentation and the CUDA context.
+"""
+
+import json
+import weakref
+from dataclasses import dataclass
+
+import torch
+from safety_experts.evaluation.machine import describe_machine
+from safety_experts.training.preparation import prepare_policy
+from safety_experts.training.recipe import Recipe
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
+
+from training import RESULTS, SHAPES, Shape, added_conditions, build_encoders, build_unet
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+# A fake CPU's attention stands for a GPU's: the same algorithm, which keeps no matrix of scores.
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, get_raw=True)(sdpa_flop)
+register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, get_raw=True)(
+    sdpa_backward_flop
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way of taking a step. Offloaded: encoders and reference lie on the CPU, and only their activations count."""
+
+    has_encoders: bool = False
+    has_second_unet: bool = False
+    is_offloaded: bool = False
+    has_checkpointing: bool = False
+    reference_share: float = 1.0
+    pairs: int = 4
+
+
+OURS = {
+    "ours": Case(),
+    "ours, reference bank filled in 2 of 10 epochs": Case(reference_share=0.2),
+    "ours, gradient checkpointing": Case(has_checkpointing=True),
+    "ours, gradient checkpointing, one pair at a time": Case(has_checkpointing=True, pairs=1),
+}
+MODELS = {
+    "sd15": {"replica": Case(has_encoders=True, has_second_unet=True), **OURS},
+    "sdxl": {"replica": Case(True, True, is_offloaded=True, has_checkpointing=True), **OURS},
+}
+
+
+def main() -> None:
+    """Count every case of both models and write the result."""
+    models = {}
+    for model, cases in MODELS.items():
+        counts = {name: count(SHAPES[model], case) for name, case in cases.items()}
+        replica_flops, replica_memory = counts["replica"]
+        models[model] = {
+            name: {
+                "teraflop_per_pair": round(flops, 2),
+                "times_less_than_the_replica": round(replica_flops / flops, 2),
+                "peak_memory_gb": round(memory, 2),
+                "memory_as_part_of_the_replicas": round(memory / replica_memory, 2),
+            }
+            for name, (flops, memory) in counts.items()
+        }
+    result = {"what": __doc__.splitlines()[0], "models": models, **describe_machine("diffusers", "peft")}
+    (RESULTS / "training_floor.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(models, indent=2))
+
+
+def count(shape: Shape, case: Case) -> tuple[float, float]:
+    """Return (TFLOP a pair, peak memory in GB) of a step up to its gradients."""
+    unet = build_unet(shape, META, torch.bfloat16)
+    prepare_policy(unet, Recipe(rank=4, gradient_checkpointing=case.has_checkpointing), [], META)
+    others = [build_unet(shape, META, torch.bfloat16)] if case.has_second_unet else []
+    reference = others[0] if others else unet
+    vae, texts = build_encoders(shape, META, torch.bfloat16)
+    others += [vae, *texts] if case.has_encoders else []
+    rows, size = 2 * case.pairs, shape.size_px // 8
+    counter, memory = FlopCounterMode(display=False), LiveMemory()
+    with FakeTensorMode():
+        pretend([unet, *others])
+        for model in [unet, *([] if case.is_offloaded else others)]:
+            for weight in model.parameters():
+                memory.track(weight)
+        inputs = {
+            "sample": torch.zeros(rows, 4, size, size),
+            "timestep": torch.zeros(rows),
+            "encoder_hidden_states": torch.zeros(rows, 77, shape.context_dim, dtype=torch.bfloat16),
+            "added_cond_kwargs": added_conditions(shape, rows, CPU),
+        }
+        with memory, torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), counter:
+                if case.has_encoders:
+                    vae.encode(torch.zeros(rows, 3, shape.size_px, shape.size_px, dtype=torch.bfloat16))
+                    for text in texts:
+                        text(torch.zeros(case.pairs, 77, dtype=torch.long))
+            flops = counter.get_total_flops()
+            with torch.no_grad(), counter:
+                reference(**inputs)
+            flops += case.reference_share * counter.get_total_flops()
+            with counter:
+                unet(**inputs).sample.sum().backward()
+            flops += counter.get_total_flops()
+    return flops / case.pairs / 1e12, memory.peak / 1e9
+
+
+class LiveMemory(TorchDispatchMode):
+    """Inside, adds up the bytes of all tensors that are alive.
+
+    Attributes:
+        peak: the most bytes so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.track, result)
+        return result
+
+    def track(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return tensor
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live -= num_bytes
+
+
+def pretend(models: list[torch.nn.Module]) -> None:
+    """Inside a FakeTensorMode, put tensors that pretend to be on a CPU in place of those without a device."""
+    for module in (module for model in models for module in model.modules()):
+        for name, weight in module.named_parameters(recurse=False):
+            pretended = torch.empty(weight.shape, dtype=weight.dtype)
+            module._parameters[name] = torch.nn.Parameter(pretended, requires_grad=weight.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+if __name__ == "__main__":
+    main()
