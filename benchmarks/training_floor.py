@@ -7,9 +7,11 @@ attention is counted, and every tensor while it lives. What `training.py` shows 
 is better use of the device. Not counted: convolution workspaces, fragmentation and the CUDA context.
 """
 
+import contextlib
 import json
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from safety_experts.evaluation.machine import describe_machine
@@ -76,6 +78,14 @@ def main() -> None:
 
 def count(shape: Shape, case: Case) -> tuple[float, float]:
     """Return (TFLOP a pair, peak memory in GB) of a step up to its gradients."""
+    (encoding, reference, policy), _ = pretend_step(shape, replace(case, pairs=1), FlopCounterMode(display=False))
+    # Apart: the counter keeps tensors of checkpointed layers alive.
+    _, peak = pretend_step(shape, case, None)
+    return (encoding + case.reference_share * reference + policy) / 1e12, peak / 1e9
+
+
+def pretend_step(shape: Shape, case: Case, counter: FlopCounterMode | None) -> tuple[list[int], int]:
+    """Return (FLOP of encoding, of the reference, and of the policy's two ways; peak bytes)."""
     unet = build_unet(shape, META, torch.bfloat16)
     prepare_policy(unet, Recipe(rank=4, gradient_checkpointing=case.has_checkpointing), [], META)
     others = [build_unet(shape, META, torch.bfloat16)] if case.has_second_unet else []
@@ -83,9 +93,17 @@ def count(shape: Shape, case: Case) -> tuple[float, float]:
     vae, texts = build_encoders(shape, META, torch.bfloat16)
     others += [vae, *texts] if case.has_encoders else []
     rows, size = 2 * case.pairs, shape.size_px // 8
-    counter, memory = FlopCounterMode(display=False), LiveMemory()
+    flops: list[int] = []
+
+    @contextlib.contextmanager
+    def counted() -> Iterator[None]:
+        with counter or contextlib.nullcontext():
+            yield
+        flops.append(counter.get_total_flops() if counter else 0)
+
     with FakeTensorMode():
         pretend([unet, *others])
+        memory = LiveMemory()
         for model in [unet, *([] if case.is_offloaded else others)]:
             for weight in model.parameters():
                 memory.track(weight)
@@ -96,19 +114,16 @@ def count(shape: Shape, case: Case) -> tuple[float, float]:
             "added_cond_kwargs": added_conditions(shape, rows, CPU),
         }
         with memory, torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad(), counter:
+            with torch.no_grad(), counted():
                 if case.has_encoders:
                     vae.encode(torch.zeros(rows, 3, shape.size_px, shape.size_px, dtype=torch.bfloat16))
                     for text in texts:
                         text(torch.zeros(case.pairs, 77, dtype=torch.long))
-            flops = counter.get_total_flops()
-            with torch.no_grad(), counter:
+            with torch.no_grad(), counted():
                 reference(**inputs)
-            flops += case.reference_share * counter.get_total_flops()
-            with counter:
+            with counted():
                 unet(**inputs).sample.sum().backward()
-            flops += counter.get_total_flops()
-    return flops / case.pairs / 1e12, memory.peak / 1e9
+    return flops, memory.peak
 
 
 class LiveMemory(TorchDispatchMode):
