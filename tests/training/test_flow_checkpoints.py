@@ -207,44 +207,41 @@ def test_prompts_are_encoded_as_in_diffusers(single, pipeline, family):
     torch.testing.assert_close(encoded["pooled"], pooled, rtol=1e-4, atol=1e-5)
 
 
+NOISE = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def drawn_by(pipeline, family, guidance, **options):
+    """The latents a diffusers pipeline makes of NOISE."""
+    pipeline.set_progress_bar_config(disable=True)
+    options |= {"height": 32, "width": 48, "output_type": "latent"}
+    if family == "sd3":
+        return pipeline(PROMPTS[1], latents=NOISE, guidance_scale=guidance, max_sequence_length=77, **options).images
+    packed = pipeline._pack_latents(NOISE, 1, 16, 4, 6)
+    drawn = pipeline(PROMPTS[1], latents=packed, guidance_scale=3.5, max_sequence_length=256, **options).images
+    return pipeline._unpack_latents(drawn, 32, 48, pipeline.vae_scale_factor)
+
+
 @torch.no_grad()
 def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
-    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
-    options = {"height": 32, "width": 48, "num_inference_steps": 1, "output_type": "latent"}
-    pipeline.set_progress_bar_config(disable=True)
-    if family == "sd3":
-        drawn = pipeline(PROMPTS[1], latents=noise, guidance_scale=1.0, max_sequence_length=77, **options).images
-    else:
-        packed = pipeline._pack_latents(noise, 1, 16, 4, 6)
-        drawn = pipeline(PROMPTS[1], latents=packed, guidance_scale=3.5, max_sequence_length=256, **options).images
-        drawn = pipeline._unpack_latents(drawn, 32, 48, pipeline.vae_scale_factor)
+    drawn = drawn_by(pipeline, family, 1.0, num_inference_steps=1)
     denoiser = make_denoiser(single, single.load_unet())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[1:])
-    velocity = denoiser.predict(noise, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
+    velocity = denoiser.predict(NOISE, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
     assert velocity.std() > 0.1
-    torch.testing.assert_close(drawn, noise - velocity, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn, NOISE - velocity, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_samples_are_the_pipelines(single, pipeline, family):
+def test_samples_are_the_pipelines(single, pipeline, family, monkeypatch):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler, pipeline.scheduler = pipeline.scheduler, FlowMatchEulerDiscreteScheduler(shift=single.shift)
-    noise = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(shift=single.shift))
     # Evenly spaced before the shift; left to itself, SD3's pipeline shifts twice.
-    options = {"height": 32, "width": 48, "sigmas": [1.0, 0.75, 0.5, 0.25], "output_type": "latent"}
-    pipeline.set_progress_bar_config(disable=True)
-    if family == "sd3":
-        drawn = pipeline(PROMPTS[1], latents=noise, guidance_scale=5.0, max_sequence_length=77, **options).images
-    else:
-        packed = pipeline._pack_latents(noise, 1, 16, 4, 6)
-        drawn = pipeline(PROMPTS[1], latents=packed, guidance_scale=3.5, max_sequence_length=256, **options).images
-        drawn = pipeline._unpack_latents(drawn, 32, 48, pipeline.vae_scale_factor)
-    pipeline.scheduler = scheduler
+    drawn = drawn_by(pipeline, family, 5.0, sigmas=[1.0, 0.75, 0.5, 0.25])
     denoiser = make_denoiser(single, single.load_unet())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
-    ours = sample_flow_latents(denoiser, noise, conditions, num_steps=4)
-    assert (ours - noise).std() > 0.1
+    ours = sample_flow_latents(denoiser, NOISE, conditions, num_steps=4)
+    assert (ours - NOISE).std() > 0.1
     torch.testing.assert_close(ours, drawn, rtol=1e-4, atol=1e-4)
 
 
