@@ -147,7 +147,8 @@ def table(result: dict) -> str:
     for name, row in result["rows"].items():
         lines.append(f"| {name} | {' | '.join(cell(key, row[key]) for key in COLUMNS)} |")
     lines += ["", "What each changes of the toy recipe:", ""]
-    lines += [f"- {name}: {' '.join(f'`{item}`' for item in row['changes'])}" for name, row in result["rows"].items()]
+    for name, row in result["rows"].items():
+        lines.append(f"- {name}: {' '.join(f'`{item}`' for item in row['changes']) or 'nothing'}")
     return "\n".join(lines) + "\n"
 
 
