@@ -59,7 +59,21 @@ def test_the_demo_does_not_empty_a_folder_of_something_else(tmp_path):
     assert (tmp_path / "photo.png").exists()
 
 
-@pytest.mark.parametrize("name", ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"])
+NAMES = ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_value_is_left_to_a_default(server, name):
+    """A new input of a node must come into the workflow too, or the frontend would queue another graph than ours."""
+    nodes = server.object_info()
+    for number, node in load_workflow(name).items():
+        inputs = nodes[node["class_type"]]["input"]
+        for key, (kind, *_) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                assert key in node["inputs"], f"{name}: {key} of node {number} ({node['class_type']}); make workflows"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_saved_workflow_holds_the_nodes_and_values_that_are_queued(name):
     """The browser test compares them exactly; this one needs no browser."""
     graph = load_workflow(name)
