@@ -2,7 +2,8 @@
 
     python tests/browser/save_workflows.py            (needs playwright and Chromium; `make workflows` does it)
 
-Edit a graph in api/, run this, and look at the pictures it writes to docs/screenshots.
+Edit a graph in api/, run this, then `SCREENSHOTS=docs/screenshots make test-browser`, look at the pictures, and run
+this again: each picture, made small, is what ComfyUI's template browser shows for its workflow.
 """
 
 import json
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from frontend import open_frontend
+from PIL import Image
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
@@ -32,6 +34,15 @@ def main() -> None:
                         )
                 text = json.dumps(workflow, indent=2, ensure_ascii=False)
                 (folder / source.name).write_text(text + "\n", encoding="utf-8")
+                save_thumbnail(ROOT / "docs" / "screenshots" / f"{source.stem}.png", folder / f"{source.stem}.jpg")
+
+
+def save_thumbnail(screenshot: Path, thumbnail: Path) -> None:
+    """Write the canvas of a screenshot, without the bars above and beside it."""
+    with Image.open(screenshot) as page:
+        canvas = page.convert("RGB").crop((60, 40, page.width, page.height))
+    canvas.thumbnail((800, 450))
+    canvas.save(thumbnail, quality=85)
 
 
 if __name__ == "__main__":
