@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
 from ..files import write_atomically
@@ -43,8 +45,7 @@ class Experiment:
         One thread each: on a CPU two processes draw nearly twice as much as one of two threads.
         """
         context = multiprocessing.get_context("spawn")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the processes start
-        with context.Pool(self.workers) as pool:
+        with context.Pool(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return dict(zip(jobs, pool.imap(functools.partial(function, self.work), jobs), strict=True))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import InputError
 from ..experts.expert import Expert, LoraLayer
 from ..experts.keys import kohya_name
+from .lora_linear import lora_linear
 from .recipe import Recipe
 
 ADAPTER = "expert"
@@ -58,14 +59,12 @@ def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # peft takes seconds to import
 
-    from .lora_linear import LoraLinear
-
     if not any(re.fullmatch(_TARGETS[recipe.targets], name) for name, _ in unet.named_modules()):
         raise InputError(f"this model has no {recipe.targets} layers to train; set targets to attention")
     unet.requires_grad_(False)
     alpha: Any = recipe.lora_alpha  # peft's annotation says int; it computes with floats
     config = LoraConfig(r=recipe.rank, lora_alpha=alpha, target_modules=_TARGETS[recipe.targets])
-    config._register_custom_module({nn.Linear: LoraLinear})
+    config._register_custom_module({nn.Linear: lora_linear()})
     inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     generator = seeded_generator(recipe.seed, "lora")
     for _, module in lora_modules(unet):

@@ -1,5 +1,8 @@
 """What an experiment on the toy world does again, and what it takes from its folder."""
 
+import os
+
+import torch
 from safety_experts.demo.experiments import Experiment, remembered, sampler, toy_recipe, trained
 
 SHORT = ["steps=1", "batch_size=1", "anchor_weight=0"]
@@ -33,10 +36,12 @@ def test_an_expert_is_trained_again_only_when_it_would_be_another(tmp_path):
     assert not is_trained_by(toy_recipe(1, SHORT), "hate", dataset=other, with_experts=[expert])
 
 
-def test_jobs_come_back_with_their_results(tmp_path):
+def test_jobs_come_back_with_their_results_from_processes_of_one_thread(tmp_path):
+    before = dict(os.environ)
     toy = Experiment(tmp_path, range(2), workers=2)
-    assert toy.run(_name_and_job, [1, 2, 3]) == {job: (tmp_path.name, job) for job in (1, 2, 3)}
+    assert toy.run(_what_it_sees, [1, 2, 3]) == {job: (tmp_path.name, job, 1) for job in (1, 2, 3)}
+    assert dict(os.environ) == before  # other processes started from here compute as this one does
 
 
-def _name_and_job(work, job):
-    return work.name, job
+def _what_it_sees(work, job):
+    return work.name, job, torch.get_num_threads()

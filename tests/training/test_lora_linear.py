@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safety_experts.training.lora import ADAPTER, adapter_off, lora_modules
-from safety_experts.training.lora_linear import LoraLinear
+from safety_experts.training.lora_linear import lora_linear
 from torch import nn
 
 
@@ -12,7 +12,7 @@ from torch import nn
 def layers():
     """(ours, peft's) with the same weights, alpha unlike rank, and a trained B."""
     made = []
-    for custom in ({}, {nn.Linear: LoraLinear}):
+    for custom in ({}, {nn.Linear: lora_linear()}):
         model = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
         config = LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
         config._register_custom_module(custom)
@@ -21,7 +21,7 @@ def layers():
     for parameter in theirs.parameters():
         parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     ours.load_state_dict(theirs.state_dict())
-    assert [type(module) is LoraLinear for model in made for _, module in lora_modules(model)] == [False, True]
+    assert [type(module) is lora_linear() for model in made for _, module in lora_modules(model)] == [False, True]
     return ours, theirs
 
 
