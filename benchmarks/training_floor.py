@@ -2,8 +2,8 @@
 
     python benchmarks/training_floor.py
 
-The UNets, VAEs and text encoders of benchmarks/training.py run on fake tensors; every matrix product, convolution and
-attention is counted, and every tensor while it lives. What `training.py` shows on a GPU beyond the ratio of the counts
+The models of benchmarks/published_step.py run on fake tensors; every matrix product, convolution and attention is
+counted, and every tensor while it lives. What `training.py` shows on a GPU beyond the ratio of the counts
 is better use of the device. Not counted: convolution workspaces, fragmentation and the CUDA context.
 """
 
@@ -12,8 +12,10 @@ import json
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from published_step import SHAPES, Shape, added_conditions, build_encoders, build_unet
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.training.preparation import prepare_policy
 from safety_experts.training.recipe import Recipe
@@ -22,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
-from training import RESULTS, SHAPES, Shape, added_conditions, build_encoders, build_unet
-
+RESULT = Path(__file__).resolve().parent / "results" / "training_floor.json"
 META, CPU = torch.device("meta"), torch.device("cpu")
 # A fake CPU's attention stands for a GPU's: the same algorithm, which keeps no matrix of scores.
 register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, get_raw=True)(sdpa_flop)
@@ -72,7 +73,7 @@ def main() -> None:
             for name, (flops, memory) in counts.items()
         }
     result = {"what": __doc__.splitlines()[0], "models": models, **describe_machine("diffusers", "peft")}
-    (RESULTS / "training_floor.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(models, indent=2))
 
 

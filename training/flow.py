@@ -35,7 +35,7 @@ class FlowDenoiser(ABC):
     """A transformer under rectified flow. Subclasses say how it is called.
 
     Attributes:
-        sampling_guidance: classifier-free guidance to draw with; 1 where the model needs none.
+        is_distilled: it draws with guidance of its own, in place of classifier-free guidance.
 
     Args:
         unet: the diffusers transformer.
@@ -45,7 +45,7 @@ class FlowDenoiser(ABC):
             counts s^2 times (DUO's preconditioned form, arXiv 2407.21035).
     """
 
-    sampling_guidance = 5.0
+    is_distilled = False
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class SD3Denoiser(FlowDenoiser):
 class FluxDenoiser(FlowDenoiser):
     """FLUX.1 dev and schnell: a diffusers FluxTransformer2DModel, which takes the image as a sequence of patches."""
 
-    sampling_guidance = 1.0  # distilled
+    is_distilled = True
 
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
         batch, channels, height, width = noisy.shape

@@ -90,22 +90,22 @@ def sample_latents(
 
 
 def sample_flow_latents(denoiser: FlowDenoiser, noise: Tensor, conditions: Conditions, num_steps: int) -> Tensor:
-    """Return latents [b, c, h, w] by Euler's method, as ComfyUI's `euler` and `simple` do, at the model's own guidance.
+    """Return latents [b, c, h, w] by Euler's method, as ComfyUI's `euler` and `simple` do.
 
     Args:
         noise, conditions: as `sample_latents` takes them.
     """
-    guidance, rows = denoiser.sampling_guidance, len(noise)
+    rows = len(noise)
     levels = denoiser.sigmas(torch.linspace(999, -1, num_steps + 1, device=noise.device))
     latents = noise
     for sigma, next_sigma in pairwise(levels):
-        if guidance == 1:
+        if denoiser.is_distilled:
             conditional = {name: value[:rows] for name, value in conditions.items()}
             velocity = denoiser.velocity(latents, sigma.expand(rows), conditional)
         else:
             both = torch.cat([latents, latents])
             velocity, empty = denoiser.velocity(both, sigma.expand(2 * rows), conditions).chunk(2)
-            velocity = empty + guidance * (velocity - empty)
+            velocity = empty + GUIDANCE * (velocity - empty)
         latents = latents + (next_sigma - sigma) * velocity
     return latents
 
