@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start, start_cpu = time.perf_counter(), sum(os.times()[:4])
     with tempfile.TemporaryDirectory() as folder:
-        sys.path.insert(0, str(ROOT / "tests" / "training"))
+        sys.path.insert(0, str(ROOT / "tests" / "helpers"))
         from small_training import SmallTraining
 
         report = kill_and_compare(SmallTraining.create(Path(folder)), Path(folder), arguments.kills, seed=0)

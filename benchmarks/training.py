@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from published_step import SHAPES, Shape, build_unet, replica_step
 from safety_experts.evaluation.machine import describe_machine
+from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.preferences.dataset import PreferencePair
 from safety_experts.training.batches import BatchPlan
-from safety_experts.training.denoiser import UNetDenoiser
 from safety_experts.training.preparation import prepare_policy
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.reference_bank import ReferenceBank

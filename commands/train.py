@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _repeat(arguments: argparse.Namespace, category: str | None):
     """Return (recipe, category, dataset) of the expert to train again; warn where the result must differ."""
     from ..experts.expert_file import load_expert
+    from ..models.checkpoint import load_checkpoint
     from ..preferences.dataset import PreferenceDataset
-    from ..training.checkpoint import load_checkpoint
     from ..training.recipe import recipe_of_expert
 
     expert = load_expert(arguments.recipe_from)

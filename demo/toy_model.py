@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..training.unet_keys import UNetLayout, to_ldm
-from ..training.vae import taesd_key
+from ..models.unet_keys import UNetLayout, to_ldm
+from ..models.vae import taesd_key
 
 LAYOUT = UNetLayout(
     model_channels=320,

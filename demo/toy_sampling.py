@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..experts.expert import Expert
+from ..models.checkpoint import load_checkpoint
+from ..models.denoiser import UNetDenoiser
+from ..models.sampling import decode_images, sample_latents
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
-from ..training.checkpoint import load_checkpoint
-from ..training.denoiser import UNetDenoiser
 from ..training.lora import add_frozen
 from ..training.preparation import tune_for_device
-from ..training.samples import decode_images, sample_latents
 from .comfyui import find_comfyui
 from .oracle import Reading, read_image
 from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
@@ -41,7 +41,7 @@ class ToySampler:
         self.checkpoint_path = ensure_toy_checkpoint()
         self.tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
         self._checkpoint = checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
-        self.unet = checkpoint.load_unet()
+        self.unet = checkpoint.load_model()
         tune_for_device(self.unet, torch.device("cpu"))
         self._denoiser = UNetDenoiser(self.unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, torch.bfloat16)
         self._vae = checkpoint.load_vae()

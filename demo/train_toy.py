@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional
 
 from ..files import write_atomically
-from ..training.checkpoint import load_checkpoint
-from ..training.noise_schedule import alphas_cumprod
-from ..training.unet_keys import unet_config
+from ..models.checkpoint import load_checkpoint
+from ..models.noise_schedule import alphas_cumprod
+from ..models.unet_keys import unet_config
 from . import world
 from .packed_weights import load_packed, save_packed
 from .toy_checkpoint import DIGEST_KEY, WEIGHTS_PATH

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..files import path_inside
-from ..training.checkpoint import load_checkpoint
+from ..models.checkpoint import load_checkpoint
 
 PROMPT_FILE_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
 PICTURE_SIZE_PX = 768

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# room -> the rooms it may import; errors.py and files.py serve everybody and import none.
+# room -> the rooms it may import; errors.py, files.py and seeding.py serve everybody and import none.
 MAY_IMPORT: dict[str, set[str]] = {
     "preferences": set(),
     "experts": set(),
-    "training": {"preferences", "experts"},
-    "evaluation": {"experts"},
-    "demo": {"preferences", "experts", "training", "evaluation"},
-    "commands": {"preferences", "experts", "training", "evaluation", "demo"},
-    "nodes": {"preferences", "experts", "training", "evaluation"},
+    "models": set(),
+    "training": {"preferences", "experts", "models"},
+    "guards": {"preferences", "models"},
+    "evaluation": {"preferences", "experts", "models"},
+    "demo": {"preferences", "experts", "models", "training", "evaluation"},
+    "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo"},
+    "nodes": {"preferences", "experts", "models", "training", "guards", "evaluation"},
 }
-SHARED = {"errors", "files"}
+SHARED = {"errors", "files", "seeding"}
 LIBRARY_FILES = sorted(
     [ROOT / f"{name}.py" for name in ("__init__", *SHARED)]
     + [path for room in MAY_IMPORT if room != "nodes" for path in (ROOT / room).rglob("*.py")]

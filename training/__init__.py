@@ -1,1 +1,1 @@
-"""Objectives, checkpoints, denoiser, cache, LoRA, trainer, recipes: the DPO maths. Knows nothing of ComfyUI."""
+"""Objectives, cache, LoRA, trainer, recipes: the DPO maths. Knows nothing of ComfyUI."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..preferences.dataset import PreferencePair
+from ..seeding import seeded_generator
 from .cache import PairCache
-from .lora import seeded_generator
 from .recipe import Recipe
 
 

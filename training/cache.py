@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import sha256_of_file
+from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from ..preferences.images import read_image
 from .buckets import fit_bucket
-from .checkpoint import Checkpoint
 from .tensor_store import TensorStore
 
 IMAGES_PER_PASS = 8

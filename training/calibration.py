@@ -9,12 +9,12 @@ from torch import Tensor
 from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
+from ..models.checkpoint import load_checkpoint, make_denoiser
+from ..models.denoiser import Denoiser
+from ..models.noise_schedule import NUM_TIMESTEPS
 from ..preferences.dataset import PreferenceDataset, PreferencePair
+from ..seeding import seeded_generator
 from .cache import PairCache
-from .checkpoint import load_checkpoint, make_denoiser
-from .denoiser import Denoiser
-from .lora import seeded_generator
-from .noise_schedule import NUM_TIMESTEPS
 from .processes import Processes
 
 _PAIRS_PER_PASS = 8
@@ -67,8 +67,8 @@ def collect_statistics(
         cache = PairCache(dataset, checkpoint, target, dtype)
         cache.encode_pairs(pairs, flips=False, on_progress=lambda done, total: None)
         cache.encode_prompts([pair.prompt for pair in pairs], on_progress=lambda done, total: None)
-        unet = checkpoint.load_unet(dtype=dtype, device=target)
-        denoiser = make_denoiser(checkpoint, unet, dtype if half else None)
+        model = checkpoint.load_model(dtype=dtype, device=target)
+        denoiser = make_denoiser(checkpoint, model, dtype if half else None)
         return count_activations(experts, denoiser, cache, pairs, seed=seed, device=target, on_step=on_step)
 
 
@@ -86,7 +86,7 @@ def count_activations(
     """Do what `collect_statistics` does, with a loaded model and an encoded dataset."""
     counter = ActivationCounter(experts)
     done = 0
-    with counter.hook_modules(denoiser.unet.named_modules()):
+    with counter.hook_modules(denoiser.model.named_modules()):
         for group in _groups_of_one_size(pairs, cache):
             _predict(denoiser, cache, group, seed, device)
             done += len(group)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferencePair
+from ..seeding import seeded_generator
 from .batches import BatchPlan
 from .cache import PairCache
-from .denoiser import Denoiser
-from .lora import seeded_generator
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
 from .step_loss import batch_loss
@@ -44,7 +44,7 @@ class HeldOut:
         self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // self.recipe.batch_size)
 
     @torch.no_grad()
-    def measure(self, unet: torch.nn.Module, denoiser: Denoiser) -> dict[str, float]:
+    def measure(self, model: torch.nn.Module, denoiser: Denoiser) -> dict[str, float]:
         """Return the means over all draws: eval/loss (the preference loss), eval/rewards/…, drift, chosen_increase.
 
         eval/drift is the mean squared change of predictions on safe and empty prompts; eval/chosen_increase is by what
@@ -55,7 +55,7 @@ class HeldOut:
         chosen = reference = 0.0
         for number in range(self.num_batches):
             batch = self.plan.batch(number)
-            _, metrics = batch_loss(unet, denoiser, self.plan.cache, batch, self.recipe, self.device, self.bank)
+            _, metrics = batch_loss(model, denoiser, self.plan.cache, batch, self.recipe, self.device, self.bank)
             named = {f"eval/{name}": value for name, value in metrics.items() if name.startswith("rewards/")}
             named |= {"eval/loss": metrics["loss/preference"], "eval/drift": metrics["loss/anchor"]}
             chosen += metrics["error/chosen"]

@@ -1,7 +1,6 @@
 """The trainable LoRA on a UNet: attach it, switch it off for the reference, read it out as expert layers."""
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from ..errors import InputError
 from ..experts.expert import Expert, LoraLayer
 from ..experts.keys import kohya_name
+from ..seeding import seeded_generator
 from .lora_linear import lora_linear
 from .recipe import Recipe
 
@@ -24,19 +24,13 @@ _TARGETS = {
 }
 
 
-def seeded_generator(seed: int, *purpose: object) -> torch.Generator:
-    """Return a CPU generator that depends only on `seed` and `purpose` (say "noise", step): no state to resume."""
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def add_frozen(unet: nn.Module, expert: Expert) -> None:
-    """Add an expert to the weights of `unet`, in their precision: from then on it is part of the model.
+def add_frozen(model: nn.Module, expert: Expert) -> None:
+    """Add an expert to the weights of `model`, in their precision: from then on it is part of the model.
 
     Raises:
         InputError: it has a layer, such as one of the text encoder, that the UNet has not in this shape.
     """
-    modules: dict[str, Any] = {kohya_name(path): module for path, module in unet.named_modules()}
+    modules: dict[str, Any] = {kohya_name(path): module for path, module in model.named_modules()}
     for name, layer in expert.layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or tuple(weight.shape) != layer.weight_shape:
@@ -48,8 +42,8 @@ def add_frozen(unet: nn.Module, expert: Expert) -> None:
         weight.data = (weight.data.float() + layer.delta().to(weight.device)).to(weight.dtype)
 
 
-def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
-    """Freeze `unet` and give its attention layers a float32 LoRA that starts as the identity.
+def attach_lora(model: nn.Module, recipe: Recipe) -> None:
+    """Freeze `model` and give its attention layers a float32 LoRA that starts as the identity.
 
     A is normal with standard deviation 1/rank (peft's "gaussian"), B zero; drawn on the CPU from the recipe's seed, so
     experts of one seed share their A.
@@ -59,42 +53,42 @@ def attach_lora(unet: nn.Module, recipe: Recipe) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # peft takes seconds to import
 
-    if not any(re.fullmatch(_TARGETS[recipe.targets], name) for name, _ in unet.named_modules()):
+    if not any(re.fullmatch(_TARGETS[recipe.targets], name) for name, _ in model.named_modules()):
         raise InputError(f"this model has no {recipe.targets} layers to train; set targets to attention")
-    unet.requires_grad_(False)
+    model.requires_grad_(False)
     alpha: Any = recipe.lora_alpha  # peft's annotation says int; it computes with floats
     config = LoraConfig(r=recipe.rank, lora_alpha=alpha, target_modules=_TARGETS[recipe.targets])
     config._register_custom_module({nn.Linear: lora_linear()})
-    inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     generator = seeded_generator(recipe.seed, "lora")
-    for _, module in lora_modules(unet):
+    for _, module in lora_modules(model):
         down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
         initial = torch.randn(down.shape, generator=generator) / recipe.rank
         down.data = initial.to(down.device)
         up.data = torch.zeros(up.shape, device=up.device)
 
 
-def lora_modules(unet: nn.Module) -> list[tuple[str, Any]]:
+def lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Return (diffusers module path, peft layer) of every layer that carries the LoRA, in module order."""
-    return [(name, module) for name, module in unet.named_modules() if ADAPTER in getattr(module, "lora_A", {})]
+    return [(name, module) for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", {})]
 
 
-def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name: `<module path>.down` [r, d_in] and `<module path>.up` [d_out, r]."""
     parameters = {}
-    for name, module in lora_modules(unet):
+    for name, module in lora_modules(model):
         parameters[f"{name}.down"] = module.lora_A[ADAPTER].weight
         parameters[f"{name}.up"] = module.lora_B[ADAPTER].weight
     return parameters
 
 
 @contextlib.contextmanager
-def adapter_off(unet: nn.Module) -> Iterator[None]:
+def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the UNet computes what the base model computes: the reference of the preference objectives.
 
     Run the reference before the policy: peft freezes the LoRA while it is off.
     """
-    layers = [module for _, module in lora_modules(unet)]
+    layers = [module for _, module in lora_modules(model)]
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -104,7 +98,7 @@ def adapter_off(unet: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def read_layers(unet: nn.Module, alpha: float) -> dict[str, LoraLayer]:
+def read_layers(model: nn.Module, alpha: float) -> dict[str, LoraLayer]:
     """Return the LoRA as expert layers (float32 copies on the CPU), keyed by kohya module name."""
     return {
         kohya_name(name): LoraLayer(
@@ -112,5 +106,5 @@ def read_layers(unet: nn.Module, alpha: float) -> dict[str, LoraLayer]:
             up=module.lora_B[ADAPTER].weight.detach().float().cpu().clone(),
             alpha=alpha,
         )
-        for name, module in lora_modules(unet)
+        for name, module in lora_modules(model)
     }

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ..experts.expert import Expert
+from ..models.checkpoint import Checkpoint, make_denoiser
+from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .cache import PairCache
-from .checkpoint import Checkpoint, make_denoiser
-from .denoiser import Denoiser
 from .lora import add_frozen, attach_lora
 from .processes import Processes
 from .recipe import Recipe
@@ -63,13 +63,13 @@ def open_bank(
     return ReferenceBank(repr(origin), store)
 
 
-def tune_for_device(unet: nn.Module, device: torch.device) -> None:
+def tune_for_device(model: nn.Module, device: torch.device) -> None:
     """Choose what is fastest on a device and computes the same."""
-    if device.type == "cpu" and hasattr(unet, "set_attn_processor"):
+    if device.type == "cpu" and hasattr(model, "set_attn_processor"):
         from diffusers.models.attention_processor import Attention, AttnProcessor
 
         # The backward pass of torch's fused attention takes a third of a step on a CPU, at the sizes a CPU can train.
-        for module in unet.modules():
+        for module in model.modules():
             if isinstance(module, Attention) and module.processor.__class__.__name__ == "AttnProcessor2_0":
                 module.set_processor(AttnProcessor())
 
@@ -86,20 +86,20 @@ def load_policy(
     Raises:
         InputError: an expert belongs to another model.
     """
-    unet = checkpoint.load_unet(dtype=dtype, device=device)
-    prepare_policy(unet, recipe, with_experts, device)
+    model = checkpoint.load_model(dtype=dtype, device=device)
+    prepare_policy(model, recipe, with_experts, device)
     autocast_dtype = dtype if dtype != torch.float32 else None
-    return unet, make_denoiser(checkpoint, unet, autocast_dtype, recipe.flow_error)
+    return model, make_denoiser(checkpoint, model, autocast_dtype, recipe.flow_error)
 
 
-def prepare_policy(unet: Any, recipe: Recipe, with_experts: Sequence[Expert], device: torch.device) -> None:
+def prepare_policy(model: Any, recipe: Recipe, with_experts: Sequence[Expert], device: torch.device) -> None:
     """Give a model these experts as part of it, a fresh LoRA, and what the recipe says of speed and memory."""
-    tune_for_device(unet, device)
+    tune_for_device(model, device)
     for expert in with_experts:
-        add_frozen(unet, expert)
-    attach_lora(unet, recipe)
+        add_frozen(model, expert)
+    attach_lora(model, recipe)
     if recipe.gradient_checkpointing:
-        unet.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
-        unet.enable_gradient_checkpointing()
+        model.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
+        model.enable_gradient_checkpointing()
     if recipe.compile:
-        unet.compile()
+        model.compile()

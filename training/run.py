@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, SafetyExpertsError
+from ..models.denoiser import Denoiser
 from .batches import BatchPlan
 from .beta import beta_at
-from .denoiser import Denoiser
 from .held_out import HeldOut
 from .lora import lora_parameters
 from .memory import REMEDY, is_out_of_memory
@@ -60,7 +60,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         denoiser: Denoiser,
         plan: BatchPlan,
         recipe: Recipe,
@@ -70,12 +70,12 @@ class TrainingRun:
         bank: ReferenceBank | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
     ):
-        self.unet, self.denoiser, self.plan, self.recipe, self.device = unet, denoiser, plan, recipe, device
+        self.model, self.denoiser, self.plan, self.recipe, self.device = model, denoiser, plan, recipe, device
         self.processes = processes or Processes()
         self.processes.check(recipe)
         self.held_out = held_out
         self.bank = bank
-        self.parameters = lora_parameters(unet) if parameters is None else dict(parameters)
+        self.parameters = lora_parameters(model) if parameters is None else dict(parameters)
         if not self.parameters:
             raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
@@ -153,7 +153,9 @@ class TrainingRun:
             if self.processes.any(should_stop(), self.device):
                 return None
             batch = self.processes.share(self.plan.batch(self.step * recipe.accumulation_steps + micro))
-            loss, metrics = batch_loss(self.unet, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank)
+            loss, metrics = batch_loss(
+                self.model, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank
+            )
             metrics = self.processes.mean(metrics, self.device)
             self._check_finite("loss", metrics["loss"])
             (loss * (scale / recipe.accumulation_steps)).backward()
@@ -175,7 +177,7 @@ class TrainingRun:
 
     def _measure(self, held_out: HeldOut) -> dict[str, float]:
         with self.weights(self.average):
-            measured = held_out.measure(self.unet, self.denoiser)
+            measured = held_out.measure(self.model, self.denoiser)
         if measured["eval/loss"] < self._best_loss and not passed_limit(measured, self.recipe):
             self.best_step = self.step
             self.best = {name: value.clone() for name, value in self.average.items()}

@@ -5,9 +5,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from ..models.denoiser import Denoiser
 from .batches import Batch
 from .cache import PairCache
-from .denoiser import Denoiser
 from .lora import adapter_off
 from .objectives import (
     OBJECTIVES,
@@ -22,7 +22,7 @@ from .reference_bank import ReferenceBank
 
 
 def batch_loss(
-    unet: nn.Module,
+    model: nn.Module,
     denoiser: Denoiser,
     cache: PairCache,
     batch: Batch,
@@ -52,7 +52,7 @@ def batch_loss(
         noisy[2 * size :] = eps[2 * size :]  # the schedule's last step still holds a little signal
 
     def predict_reference() -> Tensor:
-        with torch.no_grad(), adapter_off(unet):
+        with torch.no_grad(), adapter_off(model):
             return denoiser.predict(noisy, t, conditions)
 
     if bank:

@@ -17,9 +17,9 @@ from ..errors import InputError
 from ..experts.expert import Expert
 from ..experts.keys import kohya_name
 from ..experts.merging import merge_experts
+from ..models.checkpoint import load_checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
-from .checkpoint import load_checkpoint
 from .lora import ADAPTER, lora_modules
 from .preparation import compute_dtype, encode_dataset, load_policy
 from .processes import Processes
@@ -67,11 +67,11 @@ def fit_strengths(
     dtype = compute_dtype(recipe, target)
     pairs = dataset.training_pairs()
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
-    unet, denoiser = load_policy(checkpoint, recipe, (), target, dtype)
+    model, denoiser = load_policy(checkpoint, recipe, (), target, dtype)
     strengths = nn.Parameter(torch.ones(len(experts), device=target))
-    _attach(unet, experts, strengths)
+    _attach(model, experts, strengths)
     plan = BatchPlan(pairs, cache, recipe)
-    run = TrainingRun(unet, denoiser, plan, recipe, target, parameters={"strengths": strengths})
+    run = TrainingRun(model, denoiser, plan, recipe, target, parameters={"strengths": strengths})
     while run.step < recipe.steps and run.take_step(should_stop or (lambda: False)) is not None:
         if on_step:
             on_step(run.step, recipe.steps)
@@ -79,10 +79,10 @@ def fit_strengths(
     return [round(value, 4) for value in strengths.tolist()]
 
 
-def _attach(unet: nn.Module, experts: Sequence[Expert], strengths: nn.Parameter) -> None:
+def _attach(model: nn.Module, experts: Sequence[Expert], strengths: nn.Parameter) -> None:
     """Put the sum of the experts in place of the LoRA's weights, every rank scaled by its expert's strength."""
     total = merge_experts(experts, "linear")
-    modules = {kohya_name(path): module for path, module in lora_modules(unet)}
+    modules = {kohya_name(path): module for path, module in lora_modules(model)}
     if unknown := [name for name in total.layers if name not in modules]:
         raise InputError(
             f"{experts[0].name} and the others change layer {unknown[0]}, which is no attention layer of this model; "

@@ -14,9 +14,9 @@ from ..errors import SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.expert_file import save_expert
 from ..files import remove_leftovers
+from ..models.checkpoint import Checkpoint, load_checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
-from .checkpoint import Checkpoint, load_checkpoint
 from .held_out import HeldOut, split_pairs
 from .lora import read_layers
 from .memory import memory_errors_explained
@@ -126,12 +126,12 @@ def train_expert(
     info = _describe(checkpoint, dataset, pairs, recipe, category)
     if with_experts:
         info["trained_with"] = [expert.origin() for expert in with_experts]
-    unet, denoiser = load_policy(checkpoint, recipe, with_experts, target_device, dtype)
+    model, denoiser = load_policy(checkpoint, recipe, with_experts, target_device, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
     held_out = HeldOut(set_aside, cache, recipe, target_device) if set_aside else None
     plan = BatchPlan(trained_on, cache, recipe)
     bank = open_bank(cache, recipe, with_experts, dtype, processes)
-    run = TrainingRun(unet, denoiser, plan, recipe, target_device, processes, held_out, bank)
+    run = TrainingRun(model, denoiser, plan, recipe, target_device, processes, held_out, bank)
     state_path = resume_path(out_path)
     identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
     identity["trained_with"] = info.get("trained_with")
@@ -188,7 +188,7 @@ def _expert_of(run: TrainingRun, step: int, info: dict, path: Path) -> Expert:
     metrics = {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items()}
     changes = {"resumed_with": run.changes} if run.changes else {}
     info = {**info, "step": step, "metrics": metrics, **changes}
-    return Expert(layers=read_layers(run.unet, run.recipe.lora_alpha), info=info, name=path.stem)
+    return Expert(layers=read_layers(run.model, run.recipe.lora_alpha), info=info, name=path.stem)
 
 
 def _rescue(run: TrainingRun, state_path: Path, identity: dict, info: dict, out_path: Path) -> str:

@@ -5,7 +5,7 @@ import torch
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.experts.keys import kohya_name
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.models.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def checkpoint(server: ComfyServer) -> str:
 def attention_shapes(server, checkpoint) -> dict[str, tuple[int, int]]:
     """Kohya name -> (out, in) of every attention layer of the test model."""
     path = server.base_directory / "models" / "checkpoints" / checkpoint
-    unet = load_checkpoint(path).load_unet(dtype=torch.float32, device="cpu")
+    unet = load_checkpoint(path).load_model(dtype=torch.float32, device="cpu")
     ends = ("to_q", "to_k", "to_v", "to_out.0")
     return {
         kohya_name(path): tuple(module.weight.shape)

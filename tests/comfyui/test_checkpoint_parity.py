@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from safety_experts.demo.comfyui import find_comfyui
-from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
 
 WORKER = Path(__file__).with_name("comfyui_outputs.py")
 PROMPTS = ["", "a red circle with thorns"]
@@ -181,7 +181,7 @@ def test_family_and_noise_are_inferred_alike(checkpoint, theirs, family):
 @torch.no_grad()
 def test_unet_predicts_alike(checkpoint, theirs):
     inputs = {key: theirs[f"unet.{key}"] for key in ("hidden_states", "pooled") if f"unet.{key}" in theirs}
-    denoiser = make_denoiser(checkpoint, checkpoint.load_unet())
+    denoiser = make_denoiser(checkpoint, checkpoint.load_model())
     predicted = denoiser.predict(theirs["unet.noisy"], theirs["unet.timesteps"].long(), inputs)
     assert_equal(predicted, theirs["unet.predicted"])
 

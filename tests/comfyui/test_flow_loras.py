@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_checkpoints as small
+import small_flow_checkpoints as flow
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,13 +15,9 @@ from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.merging import merge_experts
-from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
 from safety_experts.training.lora import adapter_off, attach_lora, lora_parameters, read_layers
 from safety_experts.training.recipe import Recipe
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-import small_checkpoints as small
-import small_flow_checkpoints as flow
 
 WORKER = Path(__file__).with_name("comfyui_flow_loras.py")
 TIMESTEPS = torch.tensor([3, 777])
@@ -29,13 +27,13 @@ SHAPES = {"sd3": flow.sd3_shapes(), "sd35": flow.sd3_shapes(is_sd35=True), "flux
 def denoiser_with_expert(path, seed=0):
     """Attach a LoRA of random numbers, as if trained."""
     checkpoint = load_checkpoint(path)
-    denoiser = make_denoiser(checkpoint, checkpoint.load_unet())
+    denoiser = make_denoiser(checkpoint, checkpoint.load_model())
     recipe = Recipe(rank=3, alpha=6.0, seed=seed)
-    attach_lora(denoiser.unet, recipe)
+    attach_lora(denoiser.model, recipe)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in lora_parameters(denoiser.unet).values():
+    for parameter in lora_parameters(denoiser.model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return denoiser, Expert(read_layers(denoiser.unet, recipe.lora_alpha), {}, "expert")
+    return denoiser, Expert(read_layers(denoiser.model, recipe.lora_alpha), {}, "expert")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def folder(tmp_path_factory):
         save_file(inputs | {"sigmas": denoiser.sigmas(TIMESTEPS)}, folder / f"{name}_inputs.safetensors")
         with torch.no_grad():
             ours = denoiser.predict(inputs["noisy"], TIMESTEPS, inputs)
-            with adapter_off(denoiser.unet):
+            with adapter_off(denoiser.model):
                 base = denoiser.predict(inputs["noisy"], TIMESTEPS, inputs)
         save_file({"ours": ours.contiguous(), "base": base.contiguous()}, folder / f"{name}_ours.safetensors")
     done = subprocess.run([sys.executable, WORKER, find_comfyui(), folder, *SHAPES], capture_output=True, text=True)

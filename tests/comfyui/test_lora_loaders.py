@@ -16,7 +16,7 @@ from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name, layer_name
 from safety_experts.experts.merging import METHODS, merge_experts
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.models.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("comfyui_loras.py")
 BLOCK = "down_blocks_0_attentions_0_transformer_blocks_0"
@@ -95,7 +95,7 @@ def merge(method: str, shapes: dict) -> Expert:
 
 @pytest.fixture(scope="module")
 def unet() -> torch.nn.Module:
-    return load_checkpoint(ensure_toy_checkpoint()).load_unet()
+    return load_checkpoint(ensure_toy_checkpoint()).load_model()
 
 
 @pytest.fixture(scope="module")

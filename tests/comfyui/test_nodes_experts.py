@@ -9,7 +9,7 @@ from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.models.checkpoint import load_checkpoint
 
 PROMPT, SEED = "a red circle with thorns", 5
 TAXONOMY = """\
@@ -125,7 +125,7 @@ def diffusers_file(server, checkpoint) -> str:
     from peft.utils import get_peft_model_state_dict
 
     path = server.base_directory / "models" / "checkpoints" / checkpoint
-    unet = load_checkpoint(path).load_unet()
+    unet = load_checkpoint(path).load_model()
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     unet.add_adapter(config)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safety_experts.demo import toy_checkpoint, world
 from safety_experts.demo.oracle import Reading, read_image
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.models.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

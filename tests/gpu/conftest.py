@@ -1,10 +1,7 @@
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))  # for small_training
 
 
 def pytest_collection_modifyitems(items):

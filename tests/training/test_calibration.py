@@ -10,11 +10,11 @@ from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
+from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.training import calibration
 from safety_experts.training.calibration import collect_statistics, count_activations
-from safety_experts.training.denoiser import UNetDenoiser
 
 
 class Cache:
@@ -59,7 +59,7 @@ def experts(denoiser):
                 torch.randn(module.out_features, 2, generator=generator),
                 2.0,
             )
-            for path, module in denoiser.unet.named_modules()
+            for path, module in denoiser.model.named_modules()
             if path.endswith(("attn1.to_q", "attn2.to_k"))
         }
         made.append(Expert(layers, {}, f"expert_{seed}"))
@@ -102,7 +102,7 @@ def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
     counts = count_activations(experts, denoiser, Cache(), make_pairs(4), seed=0, device="cpu")
     merged = merge_experts(experts, "co-merge", statistics=counts)
     assert merged.layers.keys() == experts[0].layers.keys()
-    assert not any(module._forward_pre_hooks for module in denoiser.unet.modules())
+    assert not any(module._forward_pre_hooks for module in denoiser.model.modules())
 
 
 def test_a_missing_dataset_is_named(experts, tmp_path):
@@ -124,8 +124,8 @@ class SmallCheckpoint:
     def load_text_encoder(self, dtype, device):
         return self
 
-    def load_unet(self, dtype, device):
-        return self.denoiser.unet
+    def load_model(self, dtype, device):
+        return self.denoiser.model
 
     def encode_images(self, images):
         return torch.nn.functional.avg_pool2d(images, 8)[:, [0, 1, 2, 0]]

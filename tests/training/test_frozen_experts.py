@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_unet
 from safety_experts.commands import run
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
@@ -13,13 +12,14 @@ from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name
+from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.cache import PairCache
-from safety_experts.training.checkpoint import load_checkpoint
 from safety_experts.training.lora import add_frozen
 from safety_experts.training.recipe import load_recipe
+from tiny_models import tiny_unet
 
 TOKENIZER = find_comfyui() / "comfy" / "sd1_tokenizer"
 STYLE = ["steps=1", "batch_size=4", "precision=fp32", "objective={sigmoid: 0}", "sft_weight=1", "anchor_weight=0"]
@@ -87,7 +87,7 @@ def train(dataset, out, *arguments) -> int:
 
 def denoising_error(checkpoint, dataset, expert: Expert | None) -> float:
     """The plain denoising error of the first batch by the model with the expert, without any trainer."""
-    unet = checkpoint.load_unet(dtype=torch.float32)
+    unet = checkpoint.load_model(dtype=torch.float32)
     for path, module in unet.named_modules():
         if expert and (layer := expert.layers.get(kohya_name(path))):
             module.weight.data += layer.delta()
@@ -102,7 +102,7 @@ def denoising_error(checkpoint, dataset, expert: Expert | None) -> float:
 
 def test_a_style_is_trained_apart_from_the_expert_unless_told(dataset, checkpoint, tmp_path, capsys):
     expert_path = tmp_path / "violence.safetensors"
-    save_expert(make_expert(checkpoint.load_unet(), "violence"), expert_path)
+    save_expert(make_expert(checkpoint.load_model(), "violence"), expert_path)
     losses = {}
     for name, extra in (("detached", ()), ("aligned", ("--with-expert", expert_path))):
         assert train(dataset, tmp_path / f"{name}.safetensors", *extra) == 0

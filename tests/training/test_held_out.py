@@ -3,12 +3,12 @@ import re
 
 import pytest
 import torch
-from conftest import MemoryCache, make_pair
 from safety_experts.errors import InputError
 from safety_experts.training.held_out import split_pairs
 from safety_experts.training.lora import adapter_off
 from safety_experts.training.recipe import Recipe, make_recipe
 from safety_experts.training.run_state import restore_state, save_state
+from tiny_models import MemoryCache, make_pair
 
 WATCHED = {"held_out_fraction": 0.34, "evaluate_steps": 2}
 
@@ -32,7 +32,7 @@ def test_held_out_pairs_are_a_seeded_fraction_and_never_trained_on():
 
 def test_a_fresh_expert_measures_ln_2_and_no_drift(make_run):
     run = make_run(**WATCHED)
-    measured = run.held_out.measure(run.unet, run.denoiser)
+    measured = run.held_out.measure(run.model, run.denoiser)
     assert measured["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert measured["eval/drift"] == 0 == measured["eval/rewards/margins"]
 
@@ -52,7 +52,7 @@ def test_patience_ends_the_run_and_keeps_the_best_weights(make_run):
     measured = {i + 1: record["eval/loss"] for i, record in enumerate(run.records) if "eval/loss" in record}
     best = min(measured, key=measured.get)
     assert run.finish() == (best if measured[best] < math.log(2) else 0)
-    again = run.held_out.measure(run.unet, run.denoiser)["eval/loss"]
+    again = run.held_out.measure(run.model, run.denoiser)["eval/loss"]
     assert again == pytest.approx(min(math.log(2), measured[best]), rel=1e-4)
 
 
@@ -60,7 +60,7 @@ def test_drift_beyond_the_limit_ends_the_run(make_run):
     run = finish(make_run(**WATCHED, steps=100, learning_rate=2e-2, max_drift=1e-3))
     assert "passed max_drift" in run.stop_reason
     assert run.finish() < run.step
-    assert run.held_out.measure(run.unet, run.denoiser)["eval/drift"] <= 1e-3
+    assert run.held_out.measure(run.model, run.denoiser)["eval/drift"] <= 1e-3
 
 
 def test_a_chosen_error_that_rises_over_the_references_ends_the_run(make_run):
@@ -75,7 +75,7 @@ def test_a_chosen_error_that_rises_over_the_references_ends_the_run(make_run):
     run = finish(make_run(SeparableCache(), wrong, **WATCHED, **options, rank=4, max_chosen_increase=0.03))
     assert re.fullmatch(r"chosen_increase 0\.\d+ passed max_chosen_increase", run.stop_reason)
     assert run.finish() < run.step < 100
-    assert run.held_out.measure(run.unet, run.denoiser)["eval/chosen_increase"] <= 0.03
+    assert run.held_out.measure(run.model, run.denoiser)["eval/chosen_increase"] <= 0.03
 
 
 def test_the_chosen_increase_is_the_ratio_of_the_errors(make_run):
@@ -90,11 +90,11 @@ def test_the_chosen_increase_is_the_ratio_of_the_errors(make_run):
         noisy = run.denoiser.add_noise(batch.chosen, batch.noise, batch.timesteps)
         with torch.no_grad():
             policy = run.denoiser.predict(noisy, batch.timesteps, conditions)
-            with adapter_off(run.unet):
+            with adapter_off(run.model):
                 reference = run.denoiser.predict(noisy, batch.timesteps, conditions)
         errors["policy"] += (policy - batch.noise).square().mean().item()
         errors["reference"] += (reference - batch.noise).square().mean().item()
-    measured = run.held_out.measure(run.unet, run.denoiser)["eval/chosen_increase"]
+    measured = run.held_out.measure(run.model, run.denoiser)["eval/chosen_increase"]
     assert measured == pytest.approx(errors["policy"] / errors["reference"] - 1, abs=1e-6)
     assert measured != 0 and recipe.caption_dropout_fraction == 0
 

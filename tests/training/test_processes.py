@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MemoryCache, make_pair, tiny_unet
 from safetensors.torch import load_file, save_file
 from safety_experts.errors import InputError
+from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
-from safety_experts.training.denoiser import UNetDenoiser
 from safety_experts.training.lora import attach_lora
 from safety_experts.training.processes import Processes
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.run import TrainingRun
+from tiny_models import MemoryCache, make_pair, tiny_unet
 
 
 def train_and_save(processes: Processes, path: Path) -> None:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_pair
-from safety_experts.training.samples import GUIDANCE, STEPS, SampleDrawer, sample_latents
+from safety_experts.models.sampling import GUIDANCE, STEPS, sample_latents
+from safety_experts.training.samples import SampleDrawer
 from small_training import SmallTraining
+from tiny_models import make_pair
 
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)  # Stable Diffusion's
 IMAGE = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)

@@ -4,21 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import MemoryCache, make_pair, tiny_unet
 from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
+from safety_experts.models.checkpoint import load_checkpoint
+from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
-from safety_experts.training.checkpoint import load_checkpoint
-from safety_experts.training.denoiser import UNetDenoiser
 from safety_experts.training.lora import add_frozen, attach_lora
 from safety_experts.training.recipe import Recipe, load_recipe
 from safety_experts.training.run import TrainingRun
 from safety_experts.training.strengths import _attach, fit_strengths
 from small_training import SmallTraining
+from tiny_models import MemoryCache, make_pair, tiny_unet
 
 
 def make_expert(unet, seed: int, rank: int, size: float = 0.3, endings=("to_q", "to_v")) -> Expert:
@@ -82,7 +82,7 @@ def small(tmp_path_factory):
 
 
 def test_an_expert_that_hurts_is_turned_down_and_one_of_another_model_is_refused(small):
-    unet = load_checkpoint(small.checkpoint).load_unet()
+    unet = load_checkpoint(small.checkpoint).load_model()
     recipe = load_recipe("strengths", ["steps=8", "batch_size=2", "precision=fp32", "anchor_weight=1e5"])
     options = {"device": "cpu", "tokenizer_folder": small.tokenizer}
     experts = [make_expert(unet, 1, 2, size=0.5), make_expert(unet, 2, 2, size=1e-4)]
@@ -97,7 +97,7 @@ def test_an_expert_that_hurts_is_turned_down_and_one_of_another_model_is_refused
 
 
 def test_the_command_fits_writes_and_the_merge_says_its_weights(small, tmp_path, capsys, monkeypatch):
-    unet = load_checkpoint(small.checkpoint).load_unet()
+    unet = load_checkpoint(small.checkpoint).load_model()
     paths = []
     for number in (1, 2):
         save_expert(make_expert(unet, number, 2), tmp_path / f"expert_{number}.safetensors")

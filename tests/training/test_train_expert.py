@@ -14,9 +14,9 @@ from safety_experts.demo.world import prompt_for, render_scene
 from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import kohya_name
+from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
-from safety_experts.training.checkpoint import load_checkpoint
 from safety_experts.training.recipe import load_recipe, recipe_of_expert
 from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
 
@@ -130,7 +130,7 @@ def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same
         vae=checkpoint.load_vae().model,
         text_encoder=tower.model,
         tokenizer=tower.tokenizer,
-        unet=checkpoint.load_unet(),
+        unet=checkpoint.load_model(),
         scheduler=DDPMScheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -140,7 +140,7 @@ def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same
     loaded = {name for name, module in pipeline.unet.named_modules() if getattr(module, "lora_A", None)}
     assert {kohya_name(name) for name in loaded} == set(expert.layers)
 
-    merged = checkpoint.load_unet()
+    merged = checkpoint.load_model()
     for name, module in merged.named_modules():
         if layer := expert.layers.get(kohya_name(name)):
             module.weight.data += layer.delta()
@@ -151,6 +151,6 @@ def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same
         torch.randn(2, 77, 768, generator=generator),
     )
     with torch.no_grad():
-        ours, theirs, base = (unet(*inputs).sample for unet in (merged, pipeline.unet, checkpoint.load_unet()))
+        ours, theirs, base = (unet(*inputs).sample for unet in (merged, pipeline.unet, checkpoint.load_model()))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, base, atol=1e-5)

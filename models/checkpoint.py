@@ -45,7 +45,7 @@ class Checkpoint(Protocol):
     def sha256(self) -> str:
         """Hex digest of the weights; computed once for files that stay the same."""
 
-    def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """Load the UNet or transformer as diffusers' UNet2DConditionModel, SD3- or FluxTransformer2DModel."""
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
@@ -92,17 +92,17 @@ def load_checkpoint(
 
 def make_denoiser(
     checkpoint: Checkpoint,
-    unet: nn.Module,
+    model: nn.Module,
     autocast_dtype: torch.dtype | None = None,
     flow_error: FlowError = "velocity",
 ) -> Denoiser:
-    """Return the denoiser of the checkpoint's family over its `unet`.
+    """Return the denoiser of the checkpoint's family over its `model`.
 
     Args:
         autocast_dtype: compute dtype, or None to compute in the weights' own.
         flow_error: what SD3 and FLUX compare (see flow.py).
     """
     if checkpoint.prediction_type != FLOW:
-        return UNetDenoiser(unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, autocast_dtype)
+        return UNetDenoiser(model, checkpoint.alphas_cumprod, checkpoint.prediction_type, autocast_dtype)
     denoiser_class = FluxDenoiser if checkpoint.family == "flux" else SD3Denoiser
-    return denoiser_class(unet, checkpoint.shift, autocast_dtype, flow_error)
+    return denoiser_class(model, checkpoint.shift, autocast_dtype, flow_error)

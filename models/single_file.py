@@ -89,7 +89,7 @@ class SingleFile:
     def sha256(self) -> str:
         return cached_sha256(self.path)
 
-    def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         if isinstance(self._layout, TransformerLayout):
             return load_transformer(self._file, self._unet_prefix, self._layout, dtype, device)
         return load_unet(self._file, self._unet_prefix, self._layout, dtype, device)

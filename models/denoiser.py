@@ -14,11 +14,11 @@ class Denoiser(Protocol):
     """What a trainer needs of a model. Latents, noise and predictions are [b, c, h, w], timesteps [b] int64, 0..999.
 
     Attributes:
-        unet: the UNet or transformer.
+        model: the UNet or transformer.
         autocast_dtype: what it computes in; None: in the weights' own.
     """
 
-    unet: nn.Module
+    model: nn.Module
     autocast_dtype: torch.dtype | None
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
@@ -37,16 +37,16 @@ class UNetDenoiser:
     """SD1.x, SD2.x and SDXL UNets under the discrete DDPM schedule, predicting noise or velocity.
 
     Args:
-        unet: a diffusers UNet2DConditionModel.
+        model: a diffusers UNet2DConditionModel.
         alphas_cumprod: [T] float32.
         prediction_type: "epsilon" (target = noise) or "v_prediction" (target = sqrt(a) noise - sqrt(1-a) latents).
         autocast_dtype: compute dtype, or None to compute in the weights' own.
     """
 
     def __init__(
-        self, unet: nn.Module, alphas_cumprod: Tensor, prediction_type: str, autocast_dtype: torch.dtype | None = None
+        self, model: nn.Module, alphas_cumprod: Tensor, prediction_type: str, autocast_dtype: torch.dtype | None = None
     ):
-        self.unet = unet
+        self.model = model
         self.alphas_cumprod = alphas_cumprod
         self.prediction_type = prediction_type
         self.autocast_dtype = autocast_dtype
@@ -78,6 +78,6 @@ class UNetDenoiser:
         with computing_in(self.autocast_dtype, noisy.device):
             # Once here, instead of in every cross-attention layer.
             hidden = conditions["hidden_states"].to(self.autocast_dtype or torch.float32)
-            return self.unet(
+            return self.model(
                 noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
             )[0].float()

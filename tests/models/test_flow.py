@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from safety_experts.training.flow import FLUX_DEV_SHIFT, FlowDenoiser, FluxDenoiser, SD3Denoiser
+from safety_experts.models.flow import FLUX_DEV_SHIFT, FlowDenoiser, FluxDenoiser, SD3Denoiser
 
 LATENTS, NOISE = torch.tensor([2.0, 4.0]).view(2, 1, 1, 1), torch.tensor([10.0, -8.0]).view(2, 1, 1, 1)
 TIMESTEPS = torch.tensor([249, 999])  # u = 0.25 and 1
@@ -60,8 +60,8 @@ def test_the_preconditioned_error_is_the_velocity_error_times_the_squared_noise_
 
 
 def tiny_transformer(family):
-    from safety_experts.training.transformer import build_transformer
-    from safety_experts.training.transformer_keys import TransformerLayout
+    from safety_experts.models.transformer import build_transformer
+    from safety_experts.models.transformer_keys import TransformerLayout
 
     sizes = {"num_layers": 1, "context_dim": 8, "pooled_dim": 8, "in_channels": 16, "has_guidance": True}
     layout = TransformerLayout(family, 128, **sizes, num_single_layers=1, pos_embed_size=8)

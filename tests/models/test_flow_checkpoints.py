@@ -11,14 +11,14 @@ from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import comfyui_matches
 from safety_experts.experts.merging import merge_experts
 from safety_experts.experts.tensor_file import read_tensors
+from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.models.sampling import sample_flow_latents
+from safety_experts.models.transformer import build_transformer
+from safety_experts.models.transformer_keys import infer_transformer, native_weight
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
-from safety_experts.training.checkpoint import load_checkpoint, make_denoiser
 from safety_experts.training.recipe import Recipe
-from safety_experts.training.samples import sample_flow_latents
 from safety_experts.training.trainer import train_expert
-from safety_experts.training.transformer import build_transformer
-from safety_experts.training.transformer_keys import infer_transformer, native_weight
 
 PROMPTS = ["", "a red circle with thorns"]
 
@@ -73,7 +73,7 @@ def pipeline(single, family):
             tokenizer=tokenizer,
             text_encoder_2=encoder.t5.model,
             tokenizer_2=t5_tokenizer,
-            transformer=single.load_unet(),
+            transformer=single.load_model(),
         )
     tokenizer_g = type(tokenizer).from_pretrained(tokenizer.name_or_path, pad_token="!", model_max_length=77)
     # diffusers wants SD3's CLIP-L with a projection, which in the published model is the identity.
@@ -81,7 +81,7 @@ def pipeline(single, family):
     state = {key if key.startswith("text_model.") else f"text_model.{key}": w for key, w in clip_l.state_dict().items()}
     projecting.load_state_dict(state | {"text_projection.weight": torch.eye(64)})
     return diffusers.StableDiffusion3Pipeline(
-        transformer=single.load_unet(),
+        transformer=single.load_model(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=projecting,
@@ -111,7 +111,7 @@ def test_the_family_and_its_schedule_are_recognised(single, family):
 def test_schnell_has_no_guidance_and_no_shift(tmp_path):
     weights = small.random_weights(flow.flux_shapes(has_guidance=False))
     checkpoint = load_checkpoint(small.write(tmp_path / "schnell.safetensors", weights))
-    assert checkpoint.shift == 1.0 and not checkpoint.load_unet().config.guidance_embeds
+    assert checkpoint.shift == 1.0 and not checkpoint.load_model().config.guidance_embeds
 
 
 @pytest.mark.parametrize("shapes", [flow.sd3_shapes(), flow.sd3_shapes(is_sd35=True), flow.flux_shapes(width=3072)])
@@ -137,7 +137,7 @@ def test_native_names_are_those_of_diffusers_converter(shapes):
 def test_a_bare_transformer_opens_and_says_what_it_lacks(tmp_path, tokenizer_folder, shapes):
     path = small.write(tmp_path / "bare.safetensors", small.random_weights(shapes))
     checkpoint = load_checkpoint(path, tokenizer_folder=tokenizer_folder)
-    assert sum(w.numel() for w in checkpoint.load_unet().state_dict().values()) == sum(
+    assert sum(w.numel() for w in checkpoint.load_model().state_dict().values()) == sum(
         torch.Size(shape).numel() for shape in shapes.values()
     )
     remedy = r"bare\.safetensors holds no .* use a full checkpoint or a diffusers folder, or join the parts in ComfyUI"
@@ -224,7 +224,7 @@ def drawn_by(pipeline, family, guidance, **options):
 @torch.no_grad()
 def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
     drawn = drawn_by(pipeline, family, 1.0, num_inference_steps=1)
-    denoiser = make_denoiser(single, single.load_unet())
+    denoiser = make_denoiser(single, single.load_model())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[1:])
     velocity = denoiser.predict(NOISE, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
     assert velocity.std() > 0.1
@@ -238,7 +238,7 @@ def test_samples_are_the_pipelines(single, pipeline, family, monkeypatch):
     monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(shift=single.shift))
     # Evenly spaced before the shift; left to itself, SD3's pipeline shifts twice.
     drawn = drawn_by(pipeline, family, 5.0, sigmas=[1.0, 0.75, 0.5, 0.25])
-    denoiser = make_denoiser(single, single.load_unet())
+    denoiser = make_denoiser(single, single.load_model())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
     ours = sample_flow_latents(denoiser, NOISE, conditions, num_steps=4)
     assert (ours - NOISE).std() > 0.1
@@ -251,8 +251,8 @@ def test_bfloat16_predicts_nearly_what_float32_does(single, family):
     shapes = {"hidden_states": (2, 9, flow.T5_WIDTH[family]), "pooled": (2, flow.POOLED_WIDTH[family])}
     conditions = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     inputs = torch.randn(2, 16, 4, 4, generator=generator), torch.tensor([5, 900]), conditions
-    exact = make_denoiser(single, single.load_unet()).predict(*inputs)
-    rounded = make_denoiser(single, single.load_unet(torch.bfloat16), torch.bfloat16).predict(*inputs)
+    exact = make_denoiser(single, single.load_model()).predict(*inputs)
+    rounded = make_denoiser(single, single.load_model(torch.bfloat16), torch.bfloat16).predict(*inputs)
     # A noise level rounded to bfloat16 alone makes FLUX 35% wrong here.
     assert (rounded - exact).abs().mean() < 0.03 * exact.abs().mean()
 
@@ -264,7 +264,7 @@ def test_a_folder_gives_what_the_single_file_gives(folder, single, pipeline):
     conditions = [part.load_text_encoder().encode_prompts(PROMPTS) for part in (folder, single)]
     torch.testing.assert_close(conditions[0], conditions[1])
     inputs = torch.randn(2, 16, 4, 4), torch.tensor([10, 900]), conditions[0]
-    predicted = [make_denoiser(part, part.load_unet()).predict(*inputs) for part in (folder, single)]
+    predicted = [make_denoiser(part, part.load_model()).predict(*inputs) for part in (folder, single)]
     torch.testing.assert_close(predicted[0], predicted[1])
     images = torch.rand(1, 3, 16, 16)
     expected = (pipeline.vae.encode(images * 2 - 1).latent_dist.mode() - 0.06) * 1.5

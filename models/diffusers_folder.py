@@ -99,7 +99,7 @@ class DiffusersFolder:
         lines = [f"{file.relative_to(self.path).as_posix()} {cached_sha256(file)}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def load_unet(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
+    def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         # imported where needed: it takes seconds
         from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 

@@ -38,7 +38,7 @@ class FlowDenoiser(ABC):
         is_distilled: it draws with guidance of its own, in place of classifier-free guidance.
 
     Args:
-        unet: the diffusers transformer.
+        model: the diffusers transformer.
         shift: how far the levels lie on the noisy side: s = shift u / (1 + (shift - 1) u), u = (timestep + 1) / 1000.
         autocast_dtype: compute dtype, or None to compute in the weights' own.
         error: "velocity" compares velocities; "x0" the images that follow from them, noisy - s velocity, so an error
@@ -49,12 +49,12 @@ class FlowDenoiser(ABC):
 
     def __init__(
         self,
-        unet: Any,
+        model: Any,
         shift: float,
         autocast_dtype: torch.dtype | None = None,
         error: FlowError = "velocity",
     ):
-        self.unet, self.shift, self.autocast_dtype, self.error = unet, shift, autocast_dtype, error
+        self.model, self.shift, self.autocast_dtype, self.error = model, shift, autocast_dtype, error
 
     def sigmas(self, timesteps: Tensor) -> Tensor:
         """Return the noise levels [b] float32 of timesteps [b] in 0..999; 999 is pure noise."""
@@ -90,7 +90,7 @@ class SD3Denoiser(FlowDenoiser):
     """SD3 and SD3.5: a diffusers SD3Transformer2DModel."""
 
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
-        return self.unet(
+        return self.model(
             noisy,
             encoder_hidden_states=conditions["hidden_states"],
             pooled_projections=conditions["pooled"],
@@ -112,12 +112,12 @@ class FluxDenoiser(FlowDenoiser):
         places[..., 1] = torch.arange(rows, device=noisy.device)[:, None]
         places[..., 2] = torch.arange(columns, device=noisy.device)
         context = conditions["hidden_states"]
-        guidance = torch.full_like(sigmas, FLUX_GUIDANCE) if self.unet.config.guidance_embeds else None
+        guidance = torch.full_like(sigmas, FLUX_GUIDANCE) if self.model.config.guidance_embeds else None
         levels = [sigmas * 1000] if guidance is None else [sigmas * 1000, guidance * 1000]
         # Unlike ComfyUI, diffusers rounds these to the compute dtype, and bfloat16 tells 896 from 900 only.
-        hook = self.unet.time_text_embed.register_forward_pre_hook(lambda module, args: (*levels, args[-1]))
+        hook = self.model.time_text_embed.register_forward_pre_hook(lambda module, args: (*levels, args[-1]))
         try:
-            velocity = self.unet(
+            velocity = self.model(
                 patches.reshape(batch, rows * columns, channels * 4),
                 encoder_hidden_states=context,
                 pooled_projections=conditions["pooled"],

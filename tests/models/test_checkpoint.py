@@ -7,7 +7,7 @@ import pytest
 import small_checkpoints as small
 import torch
 from safety_experts.errors import InputError
-from safety_experts.training.checkpoint import load_checkpoint
+from safety_experts.models.checkpoint import load_checkpoint
 from torch import nn
 
 UNET = "model.diffusion_model."
@@ -89,7 +89,7 @@ def sdxl_unet():
 
 
 def test_every_weight_of_a_reduced_unet_arrives(sd1, weights):
-    unet = sd1.load_unet()
+    unet = sd1.load_model()
     loaded = sorted(value.double().sum().item() for value in unet.state_dict().values())
     stored = sorted(value.double().sum().item() for key, value in weights.items() if key.startswith(UNET))
     assert len(stored) == 96
@@ -98,7 +98,7 @@ def test_every_weight_of_a_reduced_unet_arrives(sd1, weights):
 
 
 def test_a_reduced_unet_runs_and_listens_to_the_prompt(sd1):
-    unet = sd1.load_unet()
+    unet = sd1.load_model()
     generator = torch.Generator().manual_seed(0)
     noisy, context = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(2, 77, 768, generator=generator)
     with torch.no_grad():
@@ -108,13 +108,13 @@ def test_a_reduced_unet_runs_and_listens_to_the_prompt(sd1):
 
 
 def test_parts_come_in_the_precision_asked_for(sd1):
-    assert {value.dtype for value in sd1.load_unet(dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
+    assert {value.dtype for value in sd1.load_model(dtype=torch.bfloat16).state_dict().values()} == {torch.bfloat16}
     assert sd1.load_vae(dtype=torch.bfloat16).encode_images(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
 
 
 def test_a_file_with_a_bare_unet_opens(tmp_path):
     path = small.write(tmp_path / "unet.safetensors", small.random_weights(small.unet_shapes()))
-    assert load_checkpoint(path).load_unet().conv_in.weight.shape == (32, 4, 3, 3)
+    assert load_checkpoint(path).load_model().conv_in.weight.shape == (32, 4, 3, 3)
 
 
 # --- the text encoders ---
@@ -237,7 +237,7 @@ def test_decoding_undoes_the_scaling(sd1):
 @torch.no_grad()
 def test_a_full_vae_encodes_to_the_mode_or_draws_from_a_generator(tmp_path):
     from diffusers import AutoencoderKL
-    from safety_experts.training.vae import kl_key
+    from safety_experts.models.vae import kl_key
 
     torch.manual_seed(0)
     oracle = AutoencoderKL(
@@ -267,7 +267,7 @@ def test_a_diffusers_folder_gives_what_the_single_file_gives(tmp_path, sd1, toke
     from diffusers import DDPMScheduler
     from safetensors.torch import save_file
 
-    unet = sd1.load_unet()
+    unet = sd1.load_model()
     attentions = unet.up_blocks[0].attentions
     attentions[0] = copy.deepcopy(attentions[1])  # a folder cannot describe a missing attention
     unet.register_to_config(reverse_transformer_layers_per_block=(1,))
@@ -286,7 +286,7 @@ def test_a_diffusers_folder_gives_what_the_single_file_gives(tmp_path, sd1, toke
     conditions = [part.load_text_encoder().encode_prompts(["a b"]) for part in (folder, sd1)]
     torch.testing.assert_close(conditions[0], conditions[1])
     inputs = {"sample": torch.ones(1, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.ones(1, 77, 768)}
-    torch.testing.assert_close(folder.load_unet()(**inputs).sample, unet(**inputs).sample)
+    torch.testing.assert_close(folder.load_model()(**inputs).sample, unet(**inputs).sample)
     images = torch.rand(1, 3, 16, 16)
     raw = sd1.load_vae().model.encoder.layers(images)
     torch.testing.assert_close(folder.load_vae().encode_images(images), raw)
@@ -357,7 +357,7 @@ def test_a_missing_part_is_named_when_it_is_asked_for(tmp_path, weights, tokeniz
 @pytest.mark.parametrize(
     ("key", "load"),
     [
-        (UNET + "out.0.bias", lambda checkpoint: checkpoint.load_unet()),
+        (UNET + "out.0.bias", lambda checkpoint: checkpoint.load_model()),
         (CLIP + "text_model.encoder.layers.1.mlp.fc2.bias", lambda checkpoint: checkpoint.load_text_encoder()),
         (VAE + "taesd_encoder.14.bias", lambda checkpoint: checkpoint.load_vae()),
     ],
@@ -373,7 +373,7 @@ def test_a_missing_weight_is_named(tmp_path, weights, tokenizer_folder, key, loa
 def test_a_weight_of_another_shape_is_named(tmp_path, weights):
     path = small.write(tmp_path / "a.safetensors", weights | {UNET + "out.2.weight": torch.ones(4, 32, 1, 1)})
     with pytest.raises(InputError, match=r"conv_out\.weight has shape \[4, 32, 1, 1\]") as error:
-        load_checkpoint(path).load_unet()
+        load_checkpoint(path).load_model()
     one_line(error)
 
 

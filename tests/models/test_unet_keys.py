@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from safety_experts.training.unet import build_unet
-from safety_experts.training.unet_keys import UNetLayout, infer_layout, rename, to_diffusers, to_ldm
+from safety_experts.models.unet import build_unet
+from safety_experts.models.unet_keys import UNetLayout, infer_layout, rename, to_diffusers, to_ldm
 
 SD15 = UNetLayout(
     model_channels=320,
