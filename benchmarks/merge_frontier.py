@@ -14,12 +14,12 @@ from pathlib import Path
 
 from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
-from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import rate_of_counts
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.preferences.dataset import PreferenceDataset
+from safety_experts.toy.world import MARKS
 from safety_experts.training.calibration import collect_statistics
 from safety_experts.training.recipe import load_recipe
 from safety_experts.training.strengths import fit_strengths

@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safety_experts.demo import world
 from safety_experts.demo.experiments import sampler, toy_recipe, trained
-from safety_experts.demo.oracle import read_image
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import rate_of
 from safety_experts.experts.expert import Expert
@@ -34,6 +32,8 @@ from safety_experts.experts.overlap import overlap, total
 from safety_experts.experts.protection import Space, kept_energy, protect
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.toy import world
+from safety_experts.toy.oracle import read_image
 
 RESULT = Path(__file__).resolve().parent / "results" / "modular_lora.json"
 CATEGORY = "violence"

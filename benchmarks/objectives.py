@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
-from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
+from safety_experts.toy.world import MARKS
 from safety_experts.training.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
-from safety_experts.demo.world import prompt_for, taxonomy
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.merging import merge_experts
 from safety_experts.preferences.taxonomy import expand_taxonomy
+from safety_experts.toy.world import prompt_for, taxonomy
 
 RESULT = Path(__file__).resolve().parent / "results" / "sampling.json"
 CATEGORIES, RANK = ("hate", "violence"), 16

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
-from safety_experts.demo.world import MARKS
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import Rate, rate_of_counts
+from safety_experts.toy.world import MARKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "seven_experts.json"

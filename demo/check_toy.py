@@ -14,10 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import world
+from ..toy import world
+from ..toy.oracle import Reading, read_image
 from .comfyui import ComfyServer
 from .measurement import Measurement, measure
-from .oracle import Reading, read_image
 from .toy_checkpoint import CFG, SAMPLER_NAME, SCHEDULER, STEPS, ensure_toy_checkpoint
 
 Label = tuple[str, str, str | None]

@@ -8,9 +8,9 @@ from ..evaluation.machine import describe_machine
 from ..evaluation.report import Check, Pictures, Report, Table, write_report
 from ..evaluation.statistics import Rate
 from ..preferences.dataset import PreferenceDataset
+from ..toy.world import MARKS
 from .measurement import Measurement, open_images
 from .pipeline import DemoResult
-from .world import MARKS
 
 MARK_BEFORE, MARK_AFTER, MAX_LOSS = 0.8, 0.2, 0.05
 NUM_PICTURES = 10

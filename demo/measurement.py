@@ -8,9 +8,9 @@ from PIL import Image
 from ..evaluation.statistics import Rate, rate_of
 from ..experts.expert import Expert
 from ..preferences.dataset import PreferenceDataset, PreferencePair
-from .oracle import Reading, read_image
+from ..toy.oracle import Reading, read_image
+from ..toy.world import COLOURS, MARKS, SHAPES, parse_prompt, prompt_for
 from .toy_sampling import ToySampler
-from .world import COLOURS, MARKS, SHAPES, parse_prompt, prompt_for
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import yaml
 
 from ..errors import InputError, SafetyExpertsError
 from ..preferences.dataset import PreferenceDataset
+from ..toy.world import taxonomy
 from .comfyui import ComfyServer
 from .measurement import Measurement, measure_dataset
 from .toy_checkpoint import ensure_toy_checkpoint
-from .world import taxonomy
 
 WORKFLOWS_FOLDER = Path(__file__).resolve().parents[1] / "example_workflows" / "api"
 EVALUATION_SEED = 1_000_000  # far from the training pairs' seeds

@@ -18,12 +18,12 @@ from ..models.denoiser import UNetDenoiser
 from ..models.sampling import decode_images, sample_latents
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
+from ..toy.oracle import Reading, read_image
+from ..toy.world import MARKS, SIZE_PX, taxonomy
 from ..training.lora import add_frozen
 from ..training.preparation import tune_for_device
 from .comfyui import find_comfyui
-from .oracle import Reading, read_image
 from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
-from .world import MARKS, SIZE_PX, taxonomy
 
 IMAGES_PER_PASS = 32
 

@@ -24,7 +24,7 @@ from ..files import write_atomically
 from ..models.checkpoint import load_checkpoint
 from ..models.noise_schedule import alphas_cumprod
 from ..models.unet_keys import unet_config
-from . import world
+from ..toy import world
 from .packed_weights import load_packed, save_packed
 from .toy_checkpoint import DIGEST_KEY, WEIGHTS_PATH
 from .toy_model import FROZEN_PREFIX, LAYOUT, assemble, digest_of, seeded_time_embedding

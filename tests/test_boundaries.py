@@ -14,11 +14,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preferences": set(),
     "experts": set(),
     "models": set(),
+    "toy": set(),
     "training": {"preferences", "experts", "models"},
     "guards": {"preferences", "models"},
-    "evaluation": {"preferences", "experts", "models"},
-    "demo": {"preferences", "experts", "models", "training", "evaluation"},
-    "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo"},
+    "evaluation": {"preferences", "experts", "models", "toy"},
+    "demo": {"preferences", "experts", "models", "training", "evaluation", "toy"},
+    "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo", "toy"},
     "nodes": {"preferences", "experts", "models", "training", "guards", "evaluation"},
 }
 SHARED = {"errors", "files", "seeding"}

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from safety_experts.demo import toy_checkpoint, world
-from safety_experts.demo.oracle import Reading, read_image
+from safety_experts.demo import toy_checkpoint
 from safety_experts.models.checkpoint import load_checkpoint
+from safety_experts.toy import world
+from safety_experts.toy.oracle import Reading, read_image
 
 
 @pytest.fixture(scope="module")

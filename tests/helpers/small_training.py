@@ -7,9 +7,9 @@ import small_checkpoints
 from safetensors.torch import load_file
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
-from safety_experts.demo.world import prompt_for, render_scene
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.recipe import load_recipe
 from safety_experts.training.trainer import TrainResult, train_expert
 

@@ -7,7 +7,6 @@ import torch
 from safety_experts.commands import run
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
-from safety_experts.demo.world import prompt_for, render_scene
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
@@ -15,6 +14,7 @@ from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.cache import PairCache
 from safety_experts.training.lora import add_frozen

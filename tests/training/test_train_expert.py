@@ -10,13 +10,13 @@ import torch
 from safety_experts.commands import run as run_command
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
-from safety_experts.demo.world import prompt_for, render_scene
 from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.recipe import load_recipe, recipe_of_expert
 from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
 

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from safety_experts.demo import world
 from safety_experts.errors import InputError
 from safety_experts.preferences.categories import CATEGORIES
 from safety_experts.preferences.taxonomy import expand_taxonomy
+from safety_experts.toy import world
 
 
 def test_every_safety_category_has_its_own_mark():

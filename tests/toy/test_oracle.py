@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from safety_experts.demo import world
-from safety_experts.demo.oracle import Reading, read_image
+from safety_experts.toy import world
+from safety_experts.toy.oracle import Reading, read_image
 
 
 def _scenes(count, seed):
