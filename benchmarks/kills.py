@@ -145,7 +145,7 @@ def _start(command: list[str], dies_after_tensors: int | None = None) -> int:
 
 
 def _die_while_writing(num_tensors: int) -> None:
-    from safety_experts.experts import tensor_file
+    from safety_experts import tensor_file
 
     tensor_bytes, written = tensor_file.tensor_bytes, 0
 

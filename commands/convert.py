@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..experts.expert_file import save_expert
     from ..experts.lycoris import convert_lycoris
-    from ..experts.tensor_file import read_tensors
+    from ..tensor_file import read_tensors
 
     tensors, metadata = read_tensors(arguments.file)
     expert = convert_lycoris(tensors, metadata, arguments.file, rank=arguments.rank, energy=arguments.energy)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
+from ..tensor_file import read_tensors, write_tensors
 from .expert import Expert, LoraLayer
 from .keys import kohya_name
-from .tensor_file import read_tensors, write_tensors
 
 _STATISTICS_KEY = "safety_experts_statistics"
 _FORMAT_VERSION = 1

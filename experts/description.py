@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
+from ..tensor_file import read_tensors
 from .blocks import rank_blocks
 from .expert import Expert
 from .keys import comfyui_matches
-from .tensor_file import read_tensors
 
 
 def describe_file(path: str | os.PathLike) -> dict:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..tensor_file import tensor_bytes
 from .keys import read_lora_keys
 
 METADATA_KEY = "safety_experts"
@@ -154,8 +155,3 @@ def read_info(metadata: Mapping[str, str], name: str) -> dict:
     if version != FORMAT_VERSION:
         raise InputError(f"{name}: expert format {version!r}, this version reads {FORMAT_VERSION}; update the pack")
     return info
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's values as little-endian bytes, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -10,9 +10,9 @@ import torch
 
 from ..errors import SafetyExpertsError
 from ..files import sha256_of_file
+from ..tensor_file import TensorFile, read_tensors, write_tensors
 from .expert import FORMAT_VERSION, METADATA_KEY, Expert, LoraLayer
 from .keys import keys_by_layer, read_lora_keys, spell_for_loaders
-from .tensor_file import TensorFile, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 

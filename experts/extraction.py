@@ -2,14 +2,13 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from ..tensor_file import TensorFile
 from .expert import Expert, LoraLayer
 from .keys import layer_name
 from .truncation import truncate_dense
@@ -48,25 +47,26 @@ def extract_expert(
     """
     layers: dict[str, LoraLayer] = {}
     retained, num_left_out = {}, 0
-    with _open_weights(tuned_path) as (tuned, tuned_keys), _open_weights(base_path) as (base, base_keys):
-        names = [name for name in tuned_keys if name in base_keys]
-        if not names:
-            raise InputError(f"{tuned_path} and {base_path} have no UNet layer in common; are both of one family?")
-        for done, layer in enumerate(names, start=1):
-            after, before = tuned.get_tensor(tuned_keys[layer]), base.get_tensor(base_keys[layer])
-            if after.numel() != before.numel() or after.shape[0] != before.shape[0]:
-                raise InputError(
-                    f"layer {layer} is {list(after.shape)} in {tuned_path} but {list(before.shape)} in {base_path}; "
-                    "give the base that the model was tuned from"
-                )
-            delta = after.to(device).float() - before.to(device).float().reshape(after.shape)
-            if after.ndim < 2:
-                num_left_out += bool(delta.any())
-            elif truncated := truncate_dense(delta.flatten(1), rank, energy):
-                layers[layer] = LoraLayer.from_matrices(truncated.up.cpu(), truncated.down.cpu(), before.shape)
-                retained[layer] = round(truncated.retained_energy, 6)
-            if on_layer:
-                on_layer(done, len(names))
+    tuned, tuned_keys = _open_weights(tuned_path)
+    base, base_keys = _open_weights(base_path)
+    names = [name for name in tuned_keys if name in base_keys]
+    if not names:
+        raise InputError(f"{tuned_path} and {base_path} have no UNet layer in common; are both of one family?")
+    for done, layer in enumerate(names, start=1):
+        after, before = tuned[tuned_keys[layer]], base[base_keys[layer]]
+        if after.numel() != before.numel() or after.shape[0] != before.shape[0]:
+            raise InputError(
+                f"layer {layer} is {list(after.shape)} in {tuned_path} but {list(before.shape)} in {base_path}; "
+                "give the base that the model was tuned from"
+            )
+        delta = after.to(device).float() - before.to(device).float().reshape(after.shape)
+        if after.ndim < 2:
+            num_left_out += bool(delta.any())
+        elif truncated := truncate_dense(delta.flatten(1), rank, energy):
+            layers[layer] = LoraLayer.from_matrices(truncated.up.cpu(), truncated.down.cpu(), before.shape)
+            retained[layer] = round(truncated.retained_energy, 6)
+        if on_layer:
+            on_layer(done, len(names))
     if not layers:
         raise InputError(f"{tuned_path} has the same UNet weights as {base_path}; give the fine-tuned model first")
     if num_left_out:
@@ -85,9 +85,8 @@ def extract_expert(
     return Expert(layers, info, name)
 
 
-@contextmanager
-def _open_weights(path: str | os.PathLike) -> Iterator[tuple[safe_open, dict[str, str]]]:
-    """Yield an open safetensors file and, for each UNet layer by kohya name, the key of its weight."""
+def _open_weights(path: str | os.PathLike) -> tuple[TensorFile, dict[str, str]]:
+    """Return an open safetensors file and, for each UNet layer by kohya name, the key of its weight."""
     file_path = Path(path)
     if file_path.is_dir():
         candidates = [folder / name for folder in (file_path / "unet", file_path) for name in _FOLDER_FILES]
@@ -95,15 +94,9 @@ def _open_weights(path: str | os.PathLike) -> Iterator[tuple[safe_open, dict[str
         if not found:
             raise InputError(f"no {_FOLDER_FILES[0]} in {path} or its unet folder; give a diffusers folder or a file")
         file_path = found[0]
-    try:
-        with safe_open(file_path, framework="pt") as file:
-            keys = {}
-            for key in file.keys():  # noqa: SIM118
-                layer = layer_name(key.removesuffix(".weight")) if key.endswith(".weight") else None
-                if layer and layer.startswith("lora_unet_"):
-                    keys[layer] = key
-            yield file, keys
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {path}; check the name") from error
-    except SafetensorError as error:
-        raise InputError(f"{file_path} is truncated or not a safetensors file ({error}); copy it again") from error
+    file, keys = TensorFile(file_path), {}
+    for key in file:
+        layer = layer_name(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if layer and layer.startswith("lora_unet_"):
+            keys[layer] = key
+    return file, keys

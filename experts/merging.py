@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..tensor_file import tensor_bytes
 from .blocks import RankBlock, rank_blocks
-from .expert import Expert, LoraLayer, tensor_bytes
+from .expert import Expert, LoraLayer
 from .merge_methods import METHODS, LayerTask, MergeMethod, Part
 
 logger = logging.getLogger(__name__)

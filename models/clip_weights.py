@@ -35,7 +35,7 @@ class ClipWeights:
         self.file, self.prefix = file, prefix
         # transformers name -> (key in the file, None for the whole tensor or which third of its rows)
         self._sources: dict[str, tuple[str, int | None]] = {}
-        for key in file.keys:
+        for key in file:
             if key.startswith(prefix):
                 for name, third in _transformers_names(key[len(prefix) :]):
                     self._sources[name] = (key, third)

@@ -39,7 +39,7 @@ class SingleFile:
         self.path = path
         self._tokenizer_folder = tokenizer_folder
         self._file = WeightsFile(path)
-        if any(key.endswith(_QUANTISATION_MARKS) for key in self._file.keys):
+        if any(key.endswith(_QUANTISATION_MARKS) for key in self._file):
             raise InputError(
                 f"{path} holds scaled 8-bit weights, which cannot be trained on: use its fp16 or bf16 version"
             )
@@ -63,11 +63,11 @@ class SingleFile:
         )
         self.family = self._family.name
         self.prediction_type = self._infer_prediction_type()
-        self.alphas_cumprod = alphas_cumprod(zero_terminal_snr={"v_pred", "ztsnr"} <= self._file.keys)
+        self.alphas_cumprod = alphas_cumprod(zero_terminal_snr={"v_pred", "ztsnr"} <= self._file.keys())
         self.shift = 1.0
 
     def _infer_prediction_type(self) -> str:
-        keys = self._file.keys
+        keys = self._file.keys()
         if self.family == "sdxl":
             if {"edm_mean", "edm_vpred.sigma_max"} & keys:
                 raise InputError(

@@ -30,7 +30,7 @@ def load_transformer(
     def read(key: str) -> Tensor:
         weight = native_weight(key, layout)
         native = prefix + weight.key
-        if native.endswith("_norm.weight") and native not in file.keys:
+        if native.endswith("_norm.weight") and native not in file:
             native = native.removesuffix("weight") + "scale"  # FLUX's norms as first published
         tensor = file.tensor(native)
         if weight.rows is not None:

@@ -53,7 +53,7 @@ class Vae:
 
 
 def has_vae(file: WeightsFile, prefix: str) -> bool:
-    return any(f"{prefix}{key}" in file.keys for key in ("decoder.conv_in.weight", "taesd_decoder.1.weight"))
+    return any(f"{prefix}{key}" in file for key in ("decoder.conv_in.weight", "taesd_decoder.1.weight"))
 
 
 def load_vae(
@@ -71,7 +71,7 @@ def load_vae(
     Raises:
         InputError: a weight is missing or has another shape.
     """
-    if f"{prefix}taesd_decoder.1.weight" in file.keys:
+    if f"{prefix}taesd_decoder.1.weight" in file:
         return _load_taesd(file, prefix, scaling_factor, latent_shift, dtype, device)
     from diffusers import AutoencoderKL  # imported where needed: it takes seconds
 
@@ -150,7 +150,7 @@ def _load_taesd(
         model: Any = AutoencoderTiny(latent_channels=file.tensor(f"{prefix}taesd_decoder.1.weight").shape[1])
     fill(model, lambda key: file.tensor(prefix + taesd_key(key)), dtype, device, file.path)
     numbers = {
-        name: float(file.tensor(prefix + name)) if prefix + name in file.keys else default
+        name: float(file.tensor(prefix + name)) if prefix + name in file else default
         for name, default in (("vae_scale", 1.0), ("vae_shift", 0.0))
     }
     return Vae(model, scaling_factor, numbers["vae_scale"], numbers["vae_shift"] - latent_shift)

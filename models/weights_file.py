@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files import sha256_of_file
+from ..tensor_file import TensorFile
 
 
-class WeightsFile:
-    """A safetensors file: its keys and shapes at once, its tensors when asked for.
+class WeightsFile(TensorFile):
+    """A base model's safetensors file: its keys and shapes at once, its tensors when asked for.
 
     Raises:
         InputError: no such file, a pickle, or not a complete safetensors file.
@@ -25,27 +25,15 @@ class WeightsFile:
                 f"{path} is a pickle, which can run code when it is read: load it in ComfyUI and write it anew with "
                 "Save Checkpoint, then use that .safetensors file"
             )
+        super().__init__(path)
         self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise InputError(f"no such file: {path}; check the name") from error
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} is truncated or not a safetensors file ({error}); download or copy it again"
-            ) from error
-        self.keys = frozenset(self._file.keys())
 
     def has_prefix(self, prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in self.keys)
+        return any(key.startswith(prefix) for key in self)
 
     def shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors under `prefix`, their keys without it."""
-        return {
-            key[len(prefix) :]: tuple(self._file.get_slice(key).get_shape())
-            for key in self.keys
-            if key.startswith(prefix)
-        }
+        return {key[len(prefix) :]: self.shape(key) for key in self if key.startswith(prefix)}
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor.
@@ -53,9 +41,9 @@ class WeightsFile:
         Raises:
             InputError: the file has no such key.
         """
-        if key not in self.keys:
+        if key not in self:
             raise InputError(f"{self.path} lacks the weight {key}: the file is incomplete; download or save it again")
-        return self._file.get_tensor(key)
+        return self[key]
 
 
 def fill(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..experts.tensor_file import read_tensors, write_tensors
+from ..tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .run import TrainingRun

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..errors import InputError
 from ..files import write_atomically
+from ..tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +24,25 @@ class TensorStore:
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
-        self._readers: dict[str, safe_open] = {}
+        self._readers: dict[str, TensorFile] = {}
         self._next_shard = 0
         for path in sorted(folder.glob(f"{name}-*.safetensors")):
             try:
                 self._open(path)
-            except SafetensorError:
+            except InputError:
                 logger.warning("%s is damaged and is computed again", path)
                 path.unlink()
 
     def _open(self, path: Path) -> None:
-        reader = safe_open(path, framework="pt")
-        self._readers.update(dict.fromkeys(reader.keys(), reader))
+        reader = TensorFile(path)
+        self._readers.update(dict.fromkeys(reader, reader))
         self._next_shard = int(path.stem.rsplit("-", 1)[1]) + 1
 
     def __contains__(self, key: str) -> bool:
         return key in self._readers
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._readers[key].get_tensor(key)
+        return self._readers[key][key]
 
     def add_shard(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one shard and make its keys readable."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safety_experts import tensor_file
 from safety_experts.errors import InputError, SafetyExpertsError
-from safety_experts.experts import tensor_file
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.files import sha256_of_file

@@ -11,7 +11,7 @@ from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, open_expert, save_expert
 from safety_experts.experts.merging import merge_experts
-from safety_experts.experts.tensor_file import TensorFile
+from safety_experts.tensor_file import TensorFile
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 

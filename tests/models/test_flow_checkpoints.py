@@ -10,13 +10,13 @@ from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import comfyui_matches
 from safety_experts.experts.merging import merge_experts
-from safety_experts.experts.tensor_file import read_tensors
 from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
 from safety_experts.models.sampling import sample_flow_latents
 from safety_experts.models.transformer import build_transformer
 from safety_experts.models.transformer_keys import infer_transformer, native_weight
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.tensor_file import read_tensors
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.trainer import train_expert
 

@@ -13,7 +13,7 @@ import torch
 from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
-from safety_experts.experts.tensor_file import read_tensors, write_tensors
+from safety_experts.tensor_file import read_tensors, write_tensors
 from safety_experts.training import trainer
 from safety_experts.training.trainer import resume_path
 from small_training import SmallTraining

@@ -1,4 +1,7 @@
-"""Safetensors files: the same content gives the same bytes, checked before it counts as written; read whole or not."""
+"""Safetensors files: the same content gives the same bytes, checked before it counts as written; read whole or not.
+
+The one reader of the pack: experts, base models, caches and training states are all read by it.
+"""
 
 import contextlib
 import json
@@ -11,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import InputError, SafetyExpertsError
-from ..files import write_atomically
-from .expert import tensor_bytes
+from .errors import InputError, SafetyExpertsError
+from .files import write_atomically
 
 _DTYPES = {
     torch.float64: "F64",
@@ -23,6 +25,9 @@ _DTYPES = {
     torch.int64: "I64",
 }
 _READ_DTYPES = {name: dtype for dtype, name in _DTYPES.items()} | {
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
@@ -31,6 +36,11 @@ _READ_DTYPES = {name: dtype for dtype, name in _DTYPES.items()} | {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's values as little-endian bytes, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -107,10 +117,16 @@ class TensorFile(Mapping[str, Tensor]):
         self._file.readinto(data)
         return torch.frombuffer(data, dtype=_READ_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
     def outline(self, name: str, device: str = "cpu") -> Tensor:
         """Return an empty tensor of the same shape and type, such as on the meta device."""
         entry = self._entries[name]
         return torch.empty(entry["shape"], dtype=_READ_DTYPES[entry["dtype"]], device=device)
+
+    def __contains__(self, name: object) -> bool:  # a mapping's own would read the tensor
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -126,9 +142,9 @@ def _checked(path: str | os.PathLike) -> Iterator[safe_open]:
             yield file
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"no such file: {path}; check the name") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}); copy it again or convert it to safetensors"
+            f"{path} is truncated or not a safetensors file ({error}); copy it again, or convert it to safetensors"
         ) from error
 
 
