@@ -1,0 +1,33 @@
+"""ComfyUI's folders, device and progress as the library wants them; every path of a workflow is checked here."""
+
+from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder
+from .datasets import dataset_folder, dataset_names, dataset_state
+from .device import training_on_device
+from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
+from .file_state import file_state
+from .own_writes import own_writes
+from .progress import PatientProgress, Progress, stop_if_cancelled
+from .prompt_files import prompt_file, prompt_files
+
+__all__ = [
+    "PatientProgress",
+    "Progress",
+    "base_checkpoint",
+    "checkpoint_names",
+    "checkpoint_path",
+    "clip_tokenizer_folder",
+    "dataset_folder",
+    "dataset_names",
+    "dataset_state",
+    "expert_name",
+    "expert_names",
+    "expert_path",
+    "file_state",
+    "fresh_expert_path",
+    "own_writes",
+    "previous_expert_path",
+    "prompt_file",
+    "prompt_files",
+    "stop_if_cancelled",
+    "training_on_device",
+]

@@ -1,0 +1,40 @@
+"""The checkpoints in ComfyUI's folders, and its own copy of CLIP's tokenizer."""
+
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+
+from ...errors import InputError
+from ...models.checkpoint import load_checkpoint
+
+
+def clip_tokenizer_folder() -> Path:
+    """Return ComfyUI's own copy of CLIP's tokenizer, so that training needs no download."""
+    return Path(comfy.utils.__file__).parent / "sd1_tokenizer"
+
+
+def checkpoint_names() -> list[str]:
+    return folder_paths.get_filename_list("checkpoints")
+
+
+def checkpoint_path(name: str) -> Path:
+    """Return the path of an entry of the checkpoints folders.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    path = folder_paths.get_full_path("checkpoints", name)
+    if path is None:
+        raise InputError(f"no checkpoint {name!r} in ComfyUI's checkpoints folders: choose another one")
+    return Path(path)
+
+
+def base_checkpoint(name: str) -> dict[str, str]:
+    """Return what a dataset records of the checkpoint that drew it: name, sha256 and family.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is of a family that cannot be trained.
+    """
+    checkpoint = load_checkpoint(checkpoint_path(name), tokenizer_folder=clip_tokenizer_folder())
+    return {"name": name, "sha256": checkpoint.sha256, "family": checkpoint.family}
