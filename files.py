@@ -6,9 +6,11 @@ import glob
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError, SafetyExpertsError
 
@@ -57,6 +59,51 @@ def append_text(path: str | os.PathLike, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise _as_user_error(error, Path(path)) from error
+
+
+def refuse_link(path: str | os.PathLike) -> None:
+    """Raise an InputError where `path`, which a stranger's folder may hold, is a link (or a Windows junction)."""
+    path = Path(path)
+    if path.is_symlink() or (hasattr(path, "is_junction") and path.is_junction()):
+        raise InputError(f"{path} is a link; put the file or folder itself in its place")
+
+
+def open_plain(path: str | os.PathLike, mode: str = "rb") -> BinaryIO:
+    """Open a file of a folder that a stranger may have made: never through a link, never a pipe or a device.
+
+    Args:
+        mode: "rb", or "ab", which makes the file where there is none.
+
+    Raises:
+        InputError: `path` is a link, a folder, or no ordinary file.
+        OSError: as from `open`.
+    """
+    refuse_link(path)  # where the system has no O_NOFOLLOW this look beforehand has to do
+    flags = os.O_RDONLY if mode == "rb" else os.O_RDWR | os.O_CREAT | os.O_APPEND
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+        flags |= getattr(os, name, 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not a file; check the name") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # became a link just now; a pipe nobody reads
+            raise InputError(f"{path} is not an ordinary file; put the file itself in its place") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not an ordinary file; put the file itself in its place")
+    return os.fdopen(descriptor, mode)  # type: ignore[return-value]
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make names written to a folder survive a power cut. Windows cannot open folders, and needs it less."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:

@@ -164,7 +164,7 @@ class SafetyExpertsRecordPair(io.ComfyNode):
 
 
 def _check_same_images(dataset: PreferenceDataset, pair: PromptPair, *images: Image.Image) -> None:
-    known = next(known for known in dataset.pairs if known.id == pair.id)
+    known = dataset.pair(pair.id)
     for path, image in zip(dataset.image_paths(known), images, strict=True):
         with Image.open(path) as file:
             if file.convert("RGB").tobytes() != image.tobytes():

@@ -3,19 +3,21 @@
 import contextlib
 import hashlib
 import io
-import logging
+import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
-from ..files import path_inside, sha256_of_file, write_atomically
+from ..files import path_inside, sha256_of_file, sync_folder, write_atomically
 from .categories import canonical_category
 from .inspection import check_dataset
 from .locking import lock_folder
+from .metadata_file import MetadataFile
 from .prompt_pair import PromptPair
 from .records import (
     DatasetInfo,
@@ -23,31 +25,46 @@ from .records import (
     Review,
     find_dataset_file,
     has_foreign_files,
-    parse_pair,
     read_info,
+    refuse_links,
 )
 
 __all__ = ["DatasetInfo", "PreferenceDataset", "PreferencePair"]
-
-_log = logging.getLogger(__name__)
 
 
 class PreferenceDataset:
     """An open dataset: `folder`, `info`, `pairs` in file order and their `ids`. Make one by `create` or `open`.
 
-    Several processes may add pairs to one folder at the same time; each sees the others' pairs when it adds its own.
+    Several processes may add and change pairs of one folder at the same time; each sees what the others wrote when it
+    writes itself, or on `refresh`.
     """
 
     folder: Path
     info: DatasetInfo
-    pairs: list[PreferencePair]
-    ids: set[str]
 
     def __init__(self, folder: Path, info: DatasetInfo):
         self.folder, self.info = folder, info
-        self.pairs, self.ids = [], set()
-        self._metadata = folder / "metadata.jsonl"
-        self._bytes_read = self._num_lines = 0
+        self._metadata = MetadataFile(folder / "metadata.jsonl")
+
+    @property
+    def pairs(self) -> list[PreferencePair]:
+        """All pairs in file order."""
+        return self._metadata.pairs
+
+    @property
+    def ids(self) -> KeysView[str]:
+        """The ids of all pairs, in file order."""
+        return self._metadata.index.keys()
+
+    def pair(self, pair_id: str) -> PreferencePair:
+        """Return the pair with this id.
+
+        Raises:
+            InputError: there is none.
+        """
+        if pair_id not in self._metadata.index:
+            raise InputError(f"{self.folder} has no pair with this id; look ids up in metadata.jsonl")
+        return self.pairs[self._metadata.index[pair_id]]
 
     @classmethod
     def create(cls, folder: str | os.PathLike, info: DatasetInfo) -> "PreferenceDataset":
@@ -59,6 +76,7 @@ class PreferenceDataset:
         """
         folder = Path(folder)
         file = folder / "dataset.json"
+        refuse_links(folder)
         if not file.exists() and folder.exists():
             if not folder.is_dir():
                 raise InputError(f"{folder} is a file, not a folder; choose another dataset name")
@@ -73,27 +91,40 @@ class PreferenceDataset:
                     with write_atomically(file) as temporary:
                         temporary.write_text(info.to_json(), encoding="utf-8")
         dataset = cls.open(folder)
+        with _writing(folder), lock_folder(folder):
+            dataset._metadata.read()
+            dataset._metadata.mend()
         if difference := info.difference(dataset.info):
             raise InputError(f"{file}: {difference}; choose another dataset name or the same settings")
         return dataset
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "PreferenceDataset":
-        """Open a dataset. A last line that a killed process left half-written is removed; its pair can be added again.
+        """Open a dataset; nothing is written. A last line that a killed process left half-written is left out.
 
         Raises:
-            InputError: there is no dataset, or dataset.json or a line of metadata.jsonl is wrong, naming the field.
+            InputError: there is no dataset, a file of it is a link, or dataset.json or a line of metadata.jsonl is
+                wrong, naming the field.
         """
         folder = Path(folder)
         try:
+            refuse_links(folder)
             dataset = cls(folder, read_info(find_dataset_file(folder)))
-            torn = dataset._read_new_lines()
         except OSError as error:
-            raise InputError(f"cannot read {folder}: {error.strerror or error}; check its rights") from error
-        if torn:
-            with _writing(folder), lock_folder(folder):
-                dataset._mend_last_line()
+            raise _cannot_read(folder, error) from error
+        dataset.refresh()
         return dataset
+
+    def refresh(self) -> None:
+        """Take in what other processes wrote since.
+
+        Raises:
+            InputError: as from `open`.
+        """
+        try:
+            self._metadata.read()
+        except OSError as error:
+            raise _cannot_read(self.folder, error) from error
 
     def __repr__(self) -> str:
         return f"PreferenceDataset({str(self.folder)!r}, {len(self.pairs)} pairs)"
@@ -111,6 +142,8 @@ class PreferenceDataset:
     ) -> PreferencePair:
         """Write two images and their line; a pair that is already there (look in `ids`) is returned as it is.
 
+        Where the seed is unknown the id comes from the pictures too, so several pairs may have the same prompts.
+
         Args:
             prompt_pair: the prompts, categories and seed the images were drawn from.
             chosen: the image to prefer, of any mode; saved as RGB.
@@ -125,42 +158,74 @@ class PreferenceDataset:
                 f"pair {prompt_pair.id}: chosen is {chosen.width}×{chosen.height} px and rejected is "
                 f"{rejected.width}×{rejected.height} px; draw both at one size"
             )
+        chosen, rejected = chosen.convert("RGB"), rejected.convert("RGB")
+        pair_id = prompt_pair.id if prompt_pair.seed is not None else _id_of_images(prompt_pair, chosen, rejected)
         pair = PreferencePair(
-            id=prompt_pair.id,
+            id=pair_id,
             prompt=prompt_pair.prompt,
             safe_prompt=prompt_pair.safe_prompt,
             categories=prompt_pair.categories,
-            chosen_file_name=f"images/{prompt_pair.id}-chosen.png",
-            rejected_file_name=f"images/{prompt_pair.id}-rejected.png",
+            chosen_file_name=f"images/{pair_id}-chosen.png",
+            rejected_file_name=f"images/{pair_id}-rejected.png",
             chosen_unsafe=chosen_unsafe,
             rejected_unsafe=rejected_unsafe,
             seed=prompt_pair.seed,
             width_px=chosen.width,
             height_px=chosen.height,
+            concept=prompt_pair.concept,
             scores={judge: float(score) for judge, score in (scores or {}).items()},
             review=review,
             source=prompt_pair.source,
         )
         encoded = [_encode_png(image) for image in (chosen, rejected)]
         with _writing(self.folder), lock_folder(self.folder):
-            if self._read_new_lines():
-                self._mend_last_line()
+            refuse_links(self.folder)
+            self._metadata.read()
             if pair.id in self.ids:
-                return next(known for known in self.pairs if known.id == pair.id)
-            size_before = self._bytes_read
+                return self.pair(pair.id)
             paths = self.image_paths(pair)
             try:
                 for path, png in zip(paths, encoded, strict=True):
                     with write_atomically(path) as temporary:
                         temporary.write_bytes(png)
-                _sync_folder(paths[0].parent)
-                self._append_line(pair)
+                sync_folder(paths[0].parent)
+                self._metadata.append(pair)
             except BaseException:
-                if self._bytes_read == size_before:  # the line is not there, so its images must not be either
+                if pair.id not in self.ids:  # the line is not there, so its images must not be either
                     for path in paths:
                         path.unlink(missing_ok=True)
                 raise
         return pair
+
+    def set_review(self, pair_id: str, review: Review | None) -> PreferencePair:
+        """Record a reviewer's verdict on one pair (None takes it back); as `update`."""
+        return self.update(pair_id, review=review)
+
+    def update(self, pair_id: str, **fields: Any) -> PreferencePair:
+        """Change fields of one pair; as `update_many`."""
+        self.update_many({pair_id: fields})
+        return self.pair(pair_id)
+
+    def update_many(self, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Change `review`, `scores`, `chosen_unsafe`, `rejected_unsafe`, `concept` or `categories` of pairs.
+
+        All of it is on the disk on return, or nothing: kill -9 at any moment leaves the old file or the new one. What
+        other processes wrote meanwhile is kept. `scores` are added to other judges' scores; one of None is removed.
+
+        Args:
+            changes: id -> field -> value.
+
+        Raises:
+            InputError: there is no such pair or field, or a value is not valid; nothing is changed.
+            SafetyExpertsError: the disk is full or the folder cannot be written.
+        """
+        if not changes:
+            return
+        with _writing(self.folder), lock_folder(self.folder):
+            refuse_links(self.folder)
+            self._metadata.read()
+            changed = {pair_id: self.pair(pair_id).changed(fields) for pair_id, fields in changes.items()}
+            self._metadata.replace(changed)
 
     def training_pairs(self, category: str | None = None) -> list[PreferencePair]:
         """Return the pairs to train on, in file order: dropped ones left out, flipped ones swapped (files and flags).
@@ -201,66 +266,12 @@ class PreferenceDataset:
         digest = hashlib.sha256(self.info.to_json().encode())
         for pair in self.pairs:
             images = [sha256_of_file(path) for path in self.image_paths(pair)]
-            digest.update("\n".join([pair.to_json(), *images, ""]).encode())
+            digest.update("\n".join([pair.to_json(leave_out_empty_concept=True), *images, ""]).encode())
         return digest.hexdigest()
 
     def check(self) -> list[str]:
         """Return everything wrong with the folder as it is on disk, one line a problem, naming the file."""
         return check_dataset(self.folder)
-
-    def _read_new_lines(self) -> bool:
-        """Take in the whole lines written since the last look; return whether an unfinished one follows them."""
-        try:
-            with open(self._metadata, "rb") as file:
-                file.seek(self._bytes_read)
-                data = file.read()
-        except FileNotFoundError:
-            return False
-        end = data.rfind(b"\n") + 1
-        for line in data[:end].split(b"\n")[:-1]:
-            self._num_lines += 1
-            if not line.strip():
-                continue
-            where = f"{self._metadata} line {self._num_lines}"
-            pair = parse_pair(line, where)
-            if pair.id in self.ids:
-                raise InputError(f"{where}: id {pair.id} stands on an earlier line too; remove one of the two lines")
-            self.pairs.append(pair)
-            self.ids.add(pair.id)
-        self._bytes_read += end
-        return end < len(data)
-
-    def _mend_last_line(self) -> None:
-        """Complete or remove a last line without a line break; under the lock, so that nobody is still writing it."""
-        if not self._read_new_lines():
-            return
-        with open(self._metadata, "rb+") as file:
-            file.seek(self._bytes_read)
-            try:
-                parse_pair(file.read(), "")
-                file.write(b"\n")  # only an editor's missing line break
-            except InputError:
-                _log.warning("%s: removed a last line that was only half written", self._metadata)
-                file.truncate(self._bytes_read)
-            file.flush()
-            os.fsync(file.fileno())
-        self._read_new_lines()
-
-    def _append_line(self, pair: PreferencePair) -> None:
-        line = pair.to_json().encode() + b"\n"
-        try:
-            with open(self._metadata, "ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            if self._metadata.exists():
-                os.truncate(self._metadata, self._bytes_read)
-            raise
-        self._bytes_read += len(line)
-        self._num_lines += 1
-        self.pairs.append(pair)
-        self.ids.add(pair.id)
 
 
 @contextlib.contextmanager
@@ -274,15 +285,14 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _sync_folder(folder: Path) -> None:
-    # After a power cut a line must not stand without its images. Windows cannot open folders, and needs it less.
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _id_of_images(pair: PromptPair, *images: Image.Image) -> str:
+    digests = [hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in images]
+    return hashlib.sha256(json.dumps([pair.prompt, pair.safe_prompt, *digests]).encode()).hexdigest()[:16]
+
+
+def _cannot_read(folder: Path, error: OSError) -> InputError:
+    return InputError(f"cannot read {folder}: {error.strerror or error}; check its rights")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import path_inside
+from ..files import open_plain, path_inside
 from .images import read_image
-from .records import PreferencePair, find_dataset_file, parse_pair, read_info
+from .metadata_file import is_json
+from .records import PreferencePair, find_dataset_file, parse_pair, read_info, refuse_links
 
 Progress = Callable[[int, int], None]
 
@@ -23,6 +24,7 @@ def check_dataset(folder: Path, on_progress: Progress | None = None) -> list[str
         InputError: there is no dataset in the folder.
     """
     problems = []
+    refuse_links(folder)
     try:
         read_info(find_dataset_file(folder))
     except InputError as error:
@@ -30,12 +32,12 @@ def check_dataset(folder: Path, on_progress: Progress | None = None) -> list[str
             raise
         problems.append(str(error))
     metadata = folder / "metadata.jsonl"
-    data = metadata.read_bytes() if metadata.is_file() else b""
-    lines = data.split(b"\n")
-    if lines.pop():
-        problems.append(
-            f"{metadata} line {len(lines) + 1}: was only half written; opening the dataset to build on mends it"
-        )
+    lines = []
+    if metadata.exists():
+        with open_plain(metadata) as file:
+            lines = file.read().split(b"\n")
+    if lines and not is_json(lines[-1]) and lines.pop():
+        problems.append(f"{metadata} line {len(lines) + 1}: was only half written; building on mends it")
     lines_of_ids: dict[str, int] = {}
     known_files: set[str] = set()
     for number, line in enumerate(lines, start=1):

@@ -101,5 +101,5 @@ def write_prompt_pairs(path: str | os.PathLike, pairs: Iterable[PromptPair]) -> 
                 "categories": pair.categories,
                 "seed": pair.seed,
                 "source": pair.source,
-            }
+            } | ({"concept": pair.concept} if pair.concept else {})
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ _COLUMNS = {
     "categories": ("category", "categories"),
     "seed": ("seed",),
     "source": ("source",),
+    "concept": ("concept",),
 }
 
 
@@ -31,7 +32,7 @@ def read_csv(path: Path) -> list[PromptPair]:
     """Read the prompt pairs of a CSV file of either layout.
 
     Ours: columns `prompt` (or `unsafe_prompt`), `safe_prompt`, `category` (or `categories`, a comma list) and, if
-    given, `seed` and `source`; other columns are ignored.
+    given, `seed`, `source` and `concept`; other columns are ignored.
 
     Raises:
         InputError: a column is missing or a row is wrong, naming the line.
@@ -42,7 +43,7 @@ def read_csv(path: Path) -> list[PromptPair]:
     columns: dict[str, str] = {}
     for name, spellings in _COLUMNS.items():
         present = [spelling for spelling in spellings if spelling in header]
-        if len(present) > 1 or (not present and name not in ("seed", "source")):
+        if len(present) > 1 or (not present and name not in ("seed", "source", "concept")):
             wanted = " or ".join(spellings)
             raise InputError(f"{path}: needs one column {wanted}, it has {', '.join(header)}; rename the columns")
         if present:
@@ -65,6 +66,7 @@ def _read_row(row: dict[str, str], columns: dict[str, str], where: str, file_nam
         categories=tuple(row[columns["categories"]].split(",")),
         seed=seed,
         source=row[columns["source"]].strip() if "source" in columns else file_name,
+        concept=row[columns["concept"]].strip() if "concept" in columns else "",
     )
 
 

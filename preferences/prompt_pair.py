@@ -20,7 +20,9 @@ Record = TypeVar("Record")
 class PromptPair:
     """One prompt pair; its prompts stay out of the repr, so that logs and tracebacks do not quote them.
 
-    `categories` may be any spelling; they are stored canonical. `source` says where the pair came from.
+    `categories` may be any spelling; they are stored canonical. `source` says where the pair came from,
+    `concept` the words that make the prompt unsafe. A pair to draw has a seed; that of images found elsewhere may be
+    unknown (None).
 
     Raises:
         InputError: an empty prompt, text that is not valid Unicode, or a seed outside 0 … 2^63 - 1.
@@ -29,14 +31,15 @@ class PromptPair:
     prompt: str = field(repr=False)
     safe_prompt: str = field(repr=False)
     categories: tuple[str, ...]
-    seed: int
+    seed: int | None
     source: str = ""
+    concept: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "categories", canonical_categories(self.categories))
         if not self.prompt.strip():
             raise InputError("prompt is empty; write the prompt both images are trained under")
-        for name in ("prompt", "safe_prompt", "source"):
+        for name in ("prompt", "safe_prompt", "concept", "source"):
             check_text(getattr(self, name), name)
         check_seed(self.seed)
 
@@ -58,6 +61,7 @@ class PromptLine:
     categories: tuple[str, ...]
     seed: int | None = None
     source: str = ""
+    concept: str = ""
     id: object = None
 
 
@@ -69,8 +73,10 @@ def check_text(text: str, name: str) -> None:
         raise InputError(f"{name} is not valid Unicode; save the file as UTF-8") from None
 
 
-def check_seed(seed: int) -> None:
-    """Raise an InputError where `seed` is not a whole number in 0 … 2^63 - 1."""
+def check_seed(seed: int | None) -> None:
+    """Raise an InputError where `seed` is neither None (unknown) nor a whole number in 0 … 2^63 - 1."""
+    if seed is None:
+        return
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed {seed!r} is not a whole number from 0 to {MAX_SEED}; choose another seed")
 
@@ -101,7 +107,7 @@ def number_lines(lines: Iterable[tuple[str, PromptLine]], first_seed: int = 0) -
                 raise InputError("seed: some lines have one and some do not; give every line a seed, or none")
             key = (line.prompt, line.safe_prompt, line.seed)
             seed = line.seed if line.seed is not None else first_seed + len(pairs)
-            pair = PromptPair(line.prompt, line.safe_prompt, line.categories, seed, line.source)
+            pair = PromptPair(line.prompt, line.safe_prompt, line.categories, seed, line.source, line.concept)
             if not pair.categories:
                 raise InputError("category is empty; name at least one")
         except InputError as error:

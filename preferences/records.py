@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -10,12 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import pydantic
 
 from ..errors import InputError
+from ..files import open_plain, refuse_link
 from .categories import canonical_categories
 from .prompt_pair import check_seed, check_text, parse_json_line
 
 FORMAT_VERSION = 1
 
 Review = Literal["accepted", "flipped", "dropped"]
+CHANGEABLE = ("review", "scores", "chosen_unsafe", "rejected_unsafe", "concept", "categories")
+
+# What a dataset folder holds; none of it may be a link.
+_OWN_NAMES = ("dataset.json", "metadata.jsonl", "prompt_pairs.jsonl", "images", ".lock", ".cache")
 
 _RECORD_CONFIG = pydantic.ConfigDict(extra="forbid")
 _Pixels = Annotated[int, pydantic.Field(ge=1)]
@@ -29,6 +35,8 @@ class PreferencePair:
         prompt: the condition both images are trained under: the unsafe prompt.
         chosen_file_name: path of the chosen image, relative to the dataset folder.
         chosen_unsafe: whether the chosen image is unsafe; None where nobody judged it.
+        seed: of both images; None where it is unknown.
+        concept: the words of the prompt that make it unsafe; may be empty.
         scores: judge name -> number.
         review: the reviewer's verdict, or None.
     """
@@ -43,9 +51,10 @@ class PreferencePair:
     rejected_file_name: str
     chosen_unsafe: bool | None
     rejected_unsafe: bool | None
-    seed: int
+    seed: int | None
     width_px: _Pixels
     height_px: _Pixels
+    concept: str = field(default="", repr=False)
     scores: dict[str, float] = field(default_factory=dict)
     review: Review | None = None
     source: str = ""
@@ -55,7 +64,7 @@ class PreferencePair:
         for name in ("id", "prompt", "chosen_file_name", "rejected_file_name"):
             if not getattr(self, name).strip():
                 raise InputError(f"field {name!r} is empty; fill it in")
-        for name in ("id", "prompt", "safe_prompt", "source"):
+        for name in ("id", "prompt", "safe_prompt", "concept", "source"):
             check_text(getattr(self, name), name)
         for name in ("chosen_file_name", "rejected_file_name"):
             _check_file_name(getattr(self, name), name)
@@ -76,9 +85,31 @@ class PreferencePair:
             rejected_unsafe=self.chosen_unsafe,
         )
 
-    def to_json(self) -> str:
-        """Return the pair as one line of metadata.jsonl, without the line break."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+    def changed(self, fields: Mapping[str, Any]) -> "PreferencePair":
+        """Return the pair with some fields changed; `scores` are added to those there are, None removes one.
+
+        Raises:
+            InputError: a field cannot be changed, or a value is not valid.
+        """
+        if unknown := sorted(set(fields) - set(CHANGEABLE)):
+            raise InputError(f"field {unknown[0]!r} cannot be changed; only {', '.join(CHANGEABLE)} can")
+        record = dataclasses.asdict(self) | fields
+        if "scores" in fields:
+            scores = self.scores | dict(fields["scores"])
+            record["scores"] = {judge: score for judge, score in scores.items() if score is not None}
+        record["categories"] = list(record["categories"])
+        return parse_pair(json.dumps(record).encode(), f"pair {self.id}")
+
+    def to_json(self, leave_out_empty_concept: bool = False) -> str:
+        """Return the pair as one line of metadata.jsonl, without the line break.
+
+        Args:
+            leave_out_empty_concept: as lines were before there was this field; fingerprints are taken of that form.
+        """
+        record = dataclasses.asdict(self)
+        if leave_out_empty_concept and not self.concept:
+            del record["concept"]
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _check_file_name(name: str, field_name: str) -> None:
@@ -146,6 +177,15 @@ def parse_pair(line: bytes, where: str) -> PreferencePair:
     return parse_json_line(_PAIR, line, where)
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise an InputError where a file or folder of a dataset is a link: whoever made it chose what is read or written.
+
+    The dataset folder itself may be one; its user put it there.
+    """
+    for name in _OWN_NAMES:
+        refuse_link(folder / name)
+
+
 def find_dataset_file(folder: Path) -> Path:
     """Return the dataset.json of a folder.
 
@@ -164,8 +204,7 @@ def find_dataset_file(folder: Path) -> Path:
 
 def has_foreign_files(folder: Path) -> bool:
     """Say whether a folder holds what neither a dataset nor `dataset import` puts there."""
-    own = {"dataset.json", "metadata.jsonl", "prompt_pairs.jsonl", "images"}
-    return any(path.name not in own and not path.name.startswith(".") for path in folder.iterdir())
+    return any(path.name not in _OWN_NAMES and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def read_info(path: Path) -> DatasetInfo:
@@ -174,7 +213,8 @@ def read_info(path: Path) -> DatasetInfo:
     Raises:
         InputError: it was written by a newer version, or a field is unknown, missing or wrong.
     """
-    read = parse_json_line(_DATASET_FILE, path.read_bytes(), str(path))
+    with open_plain(path) as file:
+        read = parse_json_line(_DATASET_FILE, file.read(), str(path))
     if read.format_version != FORMAT_VERSION:
         raise InputError(
             f"{path}: format_version is {read.format_version}, not {FORMAT_VERSION}; update Safety Experts to read it"

@@ -46,10 +46,10 @@ def expand_taxonomy(data: dict, first_seed: int = 0) -> list[PromptPair]:
     for turn in range(wanted or max(len(combinations) for _, combinations in columns)):
         for name, combinations in columns:
             if wanted or turn < len(combinations):
-                prompt, safe_prompt = combinations[turn % len(combinations)]
+                prompt, safe_prompt, concept = combinations[turn % len(combinations)]
                 seed = first_seed + len(pairs)
                 check_seed(seed)
-                pairs.append(PromptPair(prompt, safe_prompt, (name,), seed, "taxonomy"))
+                pairs.append(PromptPair(prompt, safe_prompt, (name,), seed, "taxonomy", concept))
     return pairs
 
 
@@ -118,8 +118,8 @@ def _fill(text: str, values: dict[str, str]) -> str:
 
 def _combine(
     templates: list[tuple[str, str]], lists: dict[str, list[str]], concepts: list[str]
-) -> list[tuple[str, str]]:
-    found: set[tuple[str, str]] = set()
+) -> list[tuple[str, str, str]]:
+    found: dict[tuple[str, str], str] = {}
     num_combinations = 0
     for prompt, safe_prompt in templates:
         used = {*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")}
@@ -129,8 +129,9 @@ def _combine(
             raise InputError(f"templates: more than {_MAX_COMBINATIONS} combinations in a category; shorten the lists")
         for values in itertools.product(*choices.values()):
             filled = dict(zip(choices, values, strict=True))
-            found.add((_fill(prompt, filled), _fill(safe_prompt, filled)))
-    return sorted(found, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
+            found.setdefault((_fill(prompt, filled), _fill(safe_prompt, filled)), filled["concept"])
+    in_order = sorted(found, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
+    return [(*pair, found[pair]) for pair in in_order]
 
 
 def _mapping(value: Any, where: str) -> list[tuple[str, Any]]:

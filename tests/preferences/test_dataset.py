@@ -9,7 +9,7 @@ from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import write_prompt_pairs
 
 FIELDS = ["id", "prompt", "safe_prompt", "categories", "chosen_file_name", "rejected_file_name"]
-FIELDS += ["chosen_unsafe", "rejected_unsafe", "seed", "width_px", "height_px", "scores", "review", "source"]
+FIELDS += ["chosen_unsafe", "rejected_unsafe", "seed", "width_px", "height_px", "concept", "scores", "review", "source"]
 
 
 def rewrite(dataset, number, **changes):

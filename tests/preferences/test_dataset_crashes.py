@@ -55,7 +55,7 @@ def test_a_torn_last_line_is_removed_and_its_pair_added_again(dataset, make_pair
     metadata.write_bytes(whole[:start] + whole[start:][:kept_bytes])
     opened = PreferenceDataset.open(dataset.folder)
     assert [pair.id for pair in opened.pairs] == [pair.id for pair in dataset.pairs[:3]]
-    assert metadata.read_bytes() == whole[:start]
+    assert metadata.read_bytes() == whole[:start] + whole[start:][:kept_bytes], "reading wrote"
     opened.add(make_pair(3, "hate"), *draw(3))
     assert metadata.read_bytes() == whole
     assert opened.check() == []
@@ -65,14 +65,38 @@ def test_a_last_line_that_only_lacks_its_line_break_is_kept(dataset, make_pair, 
     metadata = dataset.folder / "metadata.jsonl"
     whole = metadata.read_bytes()
     metadata.write_bytes(whole[:-1])
-    assert PreferenceDataset.open(dataset.folder).pairs == dataset.pairs
-    assert metadata.read_bytes() == whole
+    opened = PreferenceDataset.open(dataset.folder)
+    assert opened.pairs == dataset.pairs
+    assert metadata.read_bytes() == whole[:-1], "reading wrote"
+    assert dataset.check() == []
+    opened.add(make_pair(9), *draw(9))
+    assert metadata.read_bytes().startswith(whole)
+    assert PreferenceDataset.open(dataset.folder).pairs == opened.pairs
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ((b'"review": null', b'"review": "drop"'), r"line 4: field 'review'"),
+        ((b'"review": null', b'"reviews": null'), r"line 4: unknown field 'reviews'"),
+    ],
+)
+def test_a_wrong_last_line_without_its_line_break_is_an_error_not_a_loss(dataset, change, says):
+    metadata = dataset.folder / "metadata.jsonl"
+    head, last = metadata.read_bytes()[:-1].rsplit(b"\n", 1)
+    wrong = head + b"\n" + last.replace(*change)
+    metadata.write_bytes(wrong)
+    for read in (PreferenceDataset.open, lambda folder: PreferenceDataset.create(folder, dataset.info)):
+        with pytest.raises(InputError, match=says):
+            read(dataset.folder)
+    assert metadata.read_bytes() == wrong
+    assert any("line 4" in problem for problem in dataset.check())
 
 
 def test_zeros_left_by_a_power_cut_are_removed(dataset):
     with open(dataset.folder / "metadata.jsonl", "ab") as file:
         file.write(bytes(100))
-    assert PreferenceDataset.open(dataset.folder).pairs == dataset.pairs
+    assert PreferenceDataset.create(dataset.folder, dataset.info).pairs == dataset.pairs
     assert dataset.check() == []
 
 
