@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..errors import InputError, SafetyExpertsError
 
-COMMANDS = ("dataset", "train", "merge", "protect", "convert", "extract", "inspect", "reproduce", "demo")
+COMMANDS = ("dataset", "review", "train", "merge", "protect", "convert", "extract", "inspect", "reproduce", "demo")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -171,8 +171,9 @@ class _ReviewRoutes:
                     dataset = PreferenceDataset.open(folder)
                 else:
                     dataset.refresh()
-            except OSError as error:
-                raise InputError(f"cannot open the dataset: {error.strerror or error}; check its name") from None
+            except (OSError, ValueError) as error:  # names too long, with null characters, …
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(f"cannot open the dataset: {reason}; check its name") from None
             self._datasets[folder] = dataset  # the last used stands last
             while len(self._datasets) > _MAX_OPEN:
                 del self._datasets[next(iter(self._datasets))]
