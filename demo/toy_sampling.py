@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..experts.expert import Expert
 from ..models.checkpoint import load_checkpoint
-from ..models.denoiser import UNetDenoiser
-from ..models.sampling import decode_images, sample_latents
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
 from ..toy.oracle import Reading, read_image
@@ -43,7 +41,7 @@ class ToySampler:
         self._checkpoint = checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
         self.unet = checkpoint.load_model()
         tune_for_device(self.unet, torch.device("cpu"))
-        self._denoiser = UNetDenoiser(self.unet, checkpoint.alphas_cumprod, checkpoint.prediction_type, torch.bfloat16)
+        self._denoiser = checkpoint.make_denoiser(self.unet, torch.bfloat16)
         self._vae = checkpoint.load_vae()
         self._text_encoder = checkpoint.load_text_encoder()
         self._hidden_states: dict[str, Tensor] = {}
@@ -73,10 +71,8 @@ class ToySampler:
         side = SIZE_PX // 8
         noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         conditions = {"hidden_states": torch.cat([self._encode(prompts), self._encode([""] * len(prompts))])}
-        latents = sample_latents(
-            self._denoiser, self._checkpoint, torch.stack(noise), conditions, STEPS, CFG, use_karras_sigmas=True
-        )
-        return decode_images(self._vae, latents)
+        latents = self._denoiser.sample(torch.stack(noise), conditions, STEPS, CFG, use_karras_sigmas=True)
+        return self._vae.decode_images(latents)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         if new := sorted(set(prompts) - set(self._hidden_states)):

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import InputError
-from .denoiser import Denoiser, UNetDenoiser
+from .denoiser import Denoiser, FlowError
 from .diffusers_folder import DiffusersFolder
-from .families import FLOW, check_prediction_type
-from .flow import FlowError, FluxDenoiser, SD3Denoiser
+from .noise_schedule import Noise
 from .single_file import SingleFile
 from .text_encoders import TextEncoder
 from .vae import Vae
@@ -26,20 +24,20 @@ class Checkpoint(Protocol):
     Attributes:
         path: the file or folder.
         family: "sd15" (all of SD1.x), "sd20" (SD2.x), "sdxl", "sd3" (with SD3.5) or "flux" (FLUX.1).
-        prediction_type: what the model predicts, "epsilon" or "v_prediction"; "flow" for SD3 and FLUX.
-        alphas_cumprod: [1000] float32, the noise schedule; empty for flow models.
-        shift: the noise schedule of flow models (see flow.py); 1 for others.
+        noise: what it was trained under, and so what it predicts (noise_schedule.py).
     """
 
     path: Path
     family: str
-    prediction_type: str
-    alphas_cumprod: Tensor
-    shift: float
+    noise: Noise
 
     @property
     def name(self) -> str:
         """The file's or folder's name."""
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model predicts: "epsilon" or "v_prediction"; "flow" for SD3 and FLUX."""
 
     @property
     def sha256(self) -> str:
@@ -47,6 +45,16 @@ class Checkpoint(Protocol):
 
     def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         """Load the UNet or transformer as diffusers' UNet2DConditionModel, SD3- or FluxTransformer2DModel."""
+
+    def make_denoiser(
+        self, model: nn.Module, autocast_dtype: torch.dtype | None = None, flow_error: FlowError = "velocity"
+    ) -> Denoiser:
+        """Return the denoiser of the checkpoint's family over its `model`.
+
+        Args:
+            autocast_dtype: compute dtype, or None to compute in the weights' own.
+            flow_error: what SD3 and FLUX compare (see flow.py).
+        """
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
         """Load the text encoders and their tokenizer.
@@ -83,26 +91,6 @@ def load_checkpoint(
     source = Path(path)
     opened: Checkpoint
     opened = DiffusersFolder(source, tokenizer_folder) if source.is_dir() else SingleFile(source, tokenizer_folder)
-    if prediction_type is not None and opened.prediction_type == FLOW:
-        raise InputError(f"{source} predicts a flow's velocity: leave prediction_type out")
     if prediction_type is not None:
-        opened.prediction_type = check_prediction_type(prediction_type, "prediction_type")
+        opened.noise = opened.noise.predicting(prediction_type, "prediction_type")
     return opened
-
-
-def make_denoiser(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    autocast_dtype: torch.dtype | None = None,
-    flow_error: FlowError = "velocity",
-) -> Denoiser:
-    """Return the denoiser of the checkpoint's family over its `model`.
-
-    Args:
-        autocast_dtype: compute dtype, or None to compute in the weights' own.
-        flow_error: what SD3 and FLUX compare (see flow.py).
-    """
-    if checkpoint.prediction_type != FLOW:
-        return UNetDenoiser(model, checkpoint.alphas_cumprod, checkpoint.prediction_type, autocast_dtype)
-    denoiser_class = FluxDenoiser if checkpoint.family == "flux" else SD3Denoiser
-    return denoiser_class(model, checkpoint.shift, autocast_dtype, flow_error)

@@ -1,34 +1,18 @@
-"""Rectified-flow models behind the Denoiser interface: SD3 and FLUX.1, which predict a velocity.
+"""Rectified-flow models behind the Denoiser interface, which predict a velocity.
 
 x_s = (1 - s) latents + s noise, velocity = dx/ds = noise - latents, s = 0 the image, s = 1 pure noise
 (arXiv 2403.03206, eq. 2 and 13).
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Conditions, computing_in
+from .denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, computing_in
 from .noise_schedule import NUM_TIMESTEPS
-
-FlowError = Literal["velocity", "x0"]
-
-# SD3: comfy/supported_models.py and SD3's scheduler config. FLUX.1-dev: exp(1.15), ComfyUI's default shift and that of
-# FLUX's own schedule at 1024 px; schnell: none.
-SD3_SHIFT = 3.0
-FLUX_DEV_SHIFT = 3.1581929096897681
-FLUX_SCHNELL_SHIFT = 1.0
-# FLUX.1-dev was distilled from a model with guidance, whose scale is an input: ComfyUI's default, as used for images.
-FLUX_GUIDANCE = 3.5
-
-
-def shift_of(family: str, has_guidance: bool) -> float:
-    """Return the shift of "sd3" or "flux" (dev, which `has_guidance`, or schnell)."""
-    if family == "sd3":
-        return SD3_SHIFT
-    return FLUX_DEV_SHIFT if has_guidance else FLUX_SCHNELL_SHIFT
 
 
 class FlowDenoiser(ABC):
@@ -81,53 +65,24 @@ class FlowDenoiser(ABC):
         with computing_in(self.autocast_dtype, noisy.device):
             return self._velocity(even, sigmas, conditions).float()[..., :height, :width]
 
+    def sample(
+        self, noise: Tensor, conditions: Conditions, num_steps: int = SAMPLE_STEPS, guidance: float = SAMPLE_GUIDANCE
+    ) -> Tensor:
+        """Return latents by Euler's method, as ComfyUI's `euler` and `simple` do; see `Denoiser.sample`."""
+        rows = len(noise)
+        levels = self.sigmas(torch.linspace(999, -1, num_steps + 1, device=noise.device))
+        latents = noise
+        for sigma, next_sigma in pairwise(levels):
+            if self.is_distilled:
+                conditional = {name: value[:rows] for name, value in conditions.items()}
+                velocity = self.velocity(latents, sigma.expand(rows), conditional)
+            else:
+                both = torch.cat([latents, latents])
+                velocity, empty = self.velocity(both, sigma.expand(2 * rows), conditions).chunk(2)
+                velocity = empty + guidance * (velocity - empty)
+            latents = latents + (next_sigma - sigma) * velocity
+        return latents
+
     @abstractmethod
     def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
         """Return the model's output [b, c, h, w] for even h and w; sigmas are [b]."""
-
-
-class SD3Denoiser(FlowDenoiser):
-    """SD3 and SD3.5: a diffusers SD3Transformer2DModel."""
-
-    def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
-        return self.model(
-            noisy,
-            encoder_hidden_states=conditions["hidden_states"],
-            pooled_projections=conditions["pooled"],
-            timestep=sigmas * 1000,
-            return_dict=False,
-        )[0]
-
-
-class FluxDenoiser(FlowDenoiser):
-    """FLUX.1 dev and schnell: a diffusers FluxTransformer2DModel, which takes the image as a sequence of patches."""
-
-    is_distilled = True
-
-    def _velocity(self, noisy: Tensor, sigmas: Tensor, conditions: Conditions) -> Tensor:
-        batch, channels, height, width = noisy.shape
-        rows, columns = height // 2, width // 2
-        patches = noisy.view(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        places = torch.zeros(rows, columns, 3, device=noisy.device)
-        places[..., 1] = torch.arange(rows, device=noisy.device)[:, None]
-        places[..., 2] = torch.arange(columns, device=noisy.device)
-        context = conditions["hidden_states"]
-        guidance = torch.full_like(sigmas, FLUX_GUIDANCE) if self.model.config.guidance_embeds else None
-        levels = [sigmas * 1000] if guidance is None else [sigmas * 1000, guidance * 1000]
-        # Unlike ComfyUI, diffusers rounds these to the compute dtype, and bfloat16 tells 896 from 900 only.
-        hook = self.model.time_text_embed.register_forward_pre_hook(lambda module, args: (*levels, args[-1]))
-        try:
-            velocity = self.model(
-                patches.reshape(batch, rows * columns, channels * 4),
-                encoder_hidden_states=context,
-                pooled_projections=conditions["pooled"],
-                timestep=sigmas,  # the model multiplies by 1000 itself, and guidance too
-                img_ids=places.view(-1, 3),
-                txt_ids=torch.zeros(context.shape[1], 3, device=noisy.device),
-                guidance=guidance,
-                return_dict=False,
-            )[0]
-        finally:
-            hook.remove()
-        patches = velocity.view(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-        return patches.reshape(batch, channels, height, width)

@@ -1,8 +1,15 @@
-"""The noise schedule all Stable Diffusion families share."""
+"""The two kinds of noise: Stable Diffusion's discrete schedule, and rectified flow."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+FLOW = "flow"
 NUM_TIMESTEPS = 1000
 BETAS_FIRST_LAST = (0.00085, 0.012)
 
@@ -26,3 +33,35 @@ def alphas_cumprod(*, zero_terminal_snr: bool = False) -> Tensor:
         alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
         alphas[-1] = 4.8973451890853435e-08  # ComfyUI's stand-in for zero, which has no finite noise level
     return alphas.float()
+
+
+@dataclass(frozen=True)
+class DiscreteNoise:
+    """Stable Diffusion's noise: alpha-bar of the 1000 training steps, [1000] float32, and what the UNet predicts."""
+
+    alphas_cumprod: Tensor
+    prediction_type: str = "epsilon"
+
+    def predicting(self, prediction_type: str, where: str) -> "DiscreteNoise":
+        """Return the same schedule with another prediction.
+
+        Raises:
+            InputError: it cannot be trained; the message begins with `where`.
+        """
+        if prediction_type not in PREDICTION_TYPES:
+            raise InputError(f"{where} is {prediction_type!r}; only {' and '.join(PREDICTION_TYPES)} can be trained")
+        return replace(self, prediction_type=prediction_type)
+
+
+@dataclass(frozen=True)
+class FlowNoise:
+    """Rectified flow's noise: `shift` says how far the levels lie on the noisy side (see flow.py)."""
+
+    shift: float
+    prediction_type: ClassVar[str] = FLOW
+
+    def predicting(self, prediction_type: str, where: str) -> "FlowNoise":
+        raise InputError(f"{where} cannot be chosen: this model predicts a flow's velocity; leave prediction_type out")
+
+
+Noise = DiscreteNoise | FlowNoise

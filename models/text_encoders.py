@@ -1,6 +1,6 @@
 """Prompts to conditions, as ComfyUI encodes an unweighted prompt: CLIP-L (SD1), OpenCLIP-H (SD2), L and G (SDXL).
 
-SD3 and FLUX, which have T5 too, follow in joint_text_encoders.py.
+SD3 and FLUX, which have T5 (t5.py) too, join them in their own files.
 """
 
 import logging

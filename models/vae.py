@@ -3,7 +3,9 @@
 import re
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .weights_file import WeightsFile, fill
@@ -50,6 +52,11 @@ class Vae:
         raw = (latents.float() / self.scaling_factor - self.shift) * self.scale
         pixels = self.model.decode(raw.to(self.model.device, self.model.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def decode_images(self, latents: Tensor) -> list[Image.Image]:
+        """Return one RGB image for each of the latents [b, c, h, w]."""
+        pixels = (self.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
 
 
 def has_vae(file: WeightsFile, prefix: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
-from ..models.checkpoint import load_checkpoint, make_denoiser
+from ..models.checkpoint import load_checkpoint
 from ..models.denoiser import Denoiser
 from ..models.noise_schedule import NUM_TIMESTEPS
 from ..preferences.dataset import PreferenceDataset, PreferencePair
@@ -68,7 +68,7 @@ def collect_statistics(
         cache.encode_pairs(pairs, flips=False, on_progress=lambda done, total: None)
         cache.encode_prompts([pair.prompt for pair in pairs], on_progress=lambda done, total: None)
         model = checkpoint.load_model(dtype=dtype, device=target)
-        denoiser = make_denoiser(checkpoint, model, dtype if half else None)
+        denoiser = checkpoint.make_denoiser(model, dtype if half else None)
         return count_activations(experts, denoiser, cache, pairs, seed=seed, device=target, on_step=on_step)
 
 

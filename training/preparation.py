@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..experts.expert import Expert
-from ..models.checkpoint import Checkpoint, make_denoiser
+from ..models.checkpoint import Checkpoint
 from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .cache import PairCache
@@ -89,7 +89,7 @@ def load_policy(
     model = checkpoint.load_model(dtype=dtype, device=device)
     prepare_policy(model, recipe, with_experts, device)
     autocast_dtype = dtype if dtype != torch.float32 else None
-    return model, make_denoiser(checkpoint, model, autocast_dtype, recipe.flow_error)
+    return model, checkpoint.make_denoiser(model, autocast_dtype, recipe.flow_error)
 
 
 def prepare_policy(model: Any, recipe: Recipe, with_experts: Sequence[Expert], device: torch.device) -> None:

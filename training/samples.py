@@ -7,8 +7,6 @@ import torch
 from PIL import Image
 
 from ..models.checkpoint import Checkpoint
-from ..models.flow import FlowDenoiser
-from ..models.sampling import GUIDANCE, STEPS, decode_images, sample_flow_latents, sample_latents
 from ..preferences.dataset import PreferencePair
 from ..seeding import seeded_generator
 from .cache import PairCache
@@ -44,9 +42,6 @@ class SampleDrawer:
         noise = torch.randn(self.shape, generator=seeded_generator(run.recipe.seed, "samples"))
         noise = noise.to(self.device).expand(len(self.prompts), -1, -1, -1)
         with run.weights(run.average):
-            if isinstance(run.denoiser, FlowDenoiser):
-                latents = sample_flow_latents(run.denoiser, noise, conditions, STEPS)
-            else:
-                latents = sample_latents(run.denoiser, self.checkpoint, noise, conditions, STEPS, GUIDANCE)
+            latents = run.denoiser.sample(noise, conditions)
         vae = self.checkpoint.load_vae(device=self.device)
-        return Samples(step, dict(zip(self.prompts, decode_images(vae, latents), strict=True)))
+        return Samples(step, dict(zip(self.prompts, vae.decode_images(latents), strict=True)))

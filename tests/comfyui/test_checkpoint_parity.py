@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from safety_experts.demo.comfyui import find_comfyui
-from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.models.checkpoint import load_checkpoint
 
 WORKER = Path(__file__).with_name("comfyui_outputs.py")
 PROMPTS = ["", "a red circle with thorns"]
@@ -171,17 +171,17 @@ def assert_equal(ours, theirs):
 def test_family_and_noise_are_inferred_alike(checkpoint, theirs, family):
     assert checkpoint.family == family
     if "sigmas" in theirs:
-        sigmas = make_denoiser(checkpoint, None).sigmas(torch.arange(1000))
+        sigmas = checkpoint.make_denoiser(None).sigmas(torch.arange(1000))
         torch.testing.assert_close(sigmas, theirs["sigmas"], rtol=1e-5, atol=0)
         return
     assert (checkpoint.prediction_type == "v_prediction") == bool(theirs["predicts_velocity"])
-    torch.testing.assert_close(checkpoint.alphas_cumprod, theirs["alphas_cumprod"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(checkpoint.noise.alphas_cumprod, theirs["alphas_cumprod"], rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_unet_predicts_alike(checkpoint, theirs):
     inputs = {key: theirs[f"unet.{key}"] for key in ("hidden_states", "pooled") if f"unet.{key}" in theirs}
-    denoiser = make_denoiser(checkpoint, checkpoint.load_model())
+    denoiser = checkpoint.make_denoiser(checkpoint.load_model())
     predicted = denoiser.predict(theirs["unet.noisy"], theirs["unet.timesteps"].long(), inputs)
     assert_equal(predicted, theirs["unet.predicted"])
 

@@ -15,7 +15,7 @@ from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.merging import merge_experts
-from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
+from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.training.lora import adapter_off, attach_lora, lora_parameters, read_layers
 from safety_experts.training.recipe import Recipe
 
@@ -27,7 +27,7 @@ SHAPES = {"sd3": flow.sd3_shapes(), "sd35": flow.sd3_shapes(is_sd35=True), "flux
 def denoiser_with_expert(path, seed=0):
     """Attach a LoRA of random numbers, as if trained."""
     checkpoint = load_checkpoint(path)
-    denoiser = make_denoiser(checkpoint, checkpoint.load_model())
+    denoiser = checkpoint.make_denoiser(checkpoint.load_model())
     recipe = Recipe(rank=3, alpha=6.0, seed=seed)
     attach_lora(denoiser.model, recipe)
     generator = torch.Generator().manual_seed(seed)

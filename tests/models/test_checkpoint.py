@@ -54,7 +54,7 @@ def test_sdxl_says_by_a_key_that_it_predicts_velocity(tmp_path, extra, expected)
     weights = {UNET + key: value for key, value in sdxl_unet().items()} | {key: torch.zeros(0) for key in extra}
     checkpoint = load_checkpoint(small.write(tmp_path / "xl.safetensors", weights))
     assert (checkpoint.family, checkpoint.prediction_type) == ("sdxl", expected)
-    last = checkpoint.alphas_cumprod[-1].item()
+    last = checkpoint.noise.alphas_cumprod[-1].item()
     assert last == pytest.approx(4.897e-8 if "ztsnr" in extra else 0.0046602, rel=1e-4)
 
 
@@ -71,8 +71,8 @@ def test_the_noise_schedule_is_that_of_stable_diffusion(sd1):
     from diffusers import DDPMScheduler
 
     oracle = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-    assert sd1.alphas_cumprod.dtype == torch.float32
-    torch.testing.assert_close(sd1.alphas_cumprod, oracle, rtol=1e-4, atol=1e-7)
+    assert sd1.noise.alphas_cumprod.dtype == torch.float32
+    torch.testing.assert_close(sd1.noise.alphas_cumprod, oracle, rtol=1e-4, atol=1e-7)
 
 
 def linear_unet(context_dim):
@@ -282,7 +282,7 @@ def test_a_diffusers_folder_gives_what_the_single_file_gives(tmp_path, sd1, toke
 
     folder = load_checkpoint(tmp_path, tokenizer_folder=tokenizer_folder)
     assert (folder.family, folder.prediction_type, len(folder.sha256)) == ("sd15", "v_prediction", 64)
-    torch.testing.assert_close(folder.alphas_cumprod, sd1.alphas_cumprod)
+    torch.testing.assert_close(folder.noise.alphas_cumprod, sd1.noise.alphas_cumprod)
     conditions = [part.load_text_encoder().encode_prompts(["a b"]) for part in (folder, sd1)]
     torch.testing.assert_close(conditions[0], conditions[1])
     inputs = {"sample": torch.ones(1, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.ones(1, 77, 768)}

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from safety_experts.models.flow import FLUX_DEV_SHIFT, FlowDenoiser, FluxDenoiser, SD3Denoiser
+from safety_experts.models.flow import FlowDenoiser
+from safety_experts.models.flux import DEV_SHIFT, Flux, FluxLayout
+from safety_experts.models.sd3 import SD3, SD3Layout
 
 LATENTS, NOISE = torch.tensor([2.0, 4.0]).view(2, 1, 1, 1), torch.tensor([10.0, -8.0]).view(2, 1, 1, 1)
 TIMESTEPS = torch.tensor([249, 999])  # u = 0.25 and 1
@@ -36,8 +38,8 @@ def test_the_shift_of_flux_dev_is_that_of_its_schedule_at_1024_px():
 
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.25], mu=1.15)
-    assert math.log(FLUX_DEV_SHIFT) == pytest.approx(1.15)
-    ours = Still(None, FLUX_DEV_SHIFT).sigmas(TIMESTEPS).flip(0)
+    assert math.log(DEV_SHIFT) == pytest.approx(1.15)
+    ours = Still(None, DEV_SHIFT).sigmas(TIMESTEPS).flip(0)
     torch.testing.assert_close(ours, scheduler.sigmas[:2])
 
 
@@ -59,23 +61,24 @@ def test_the_preconditioned_error_is_the_velocity_error_times_the_squared_noise_
     assert errors[1].tolist() == [1.0, 324.0]  # times 0.25, times 1
 
 
-def tiny_transformer(family):
-    from safety_experts.models.transformer import build_transformer
-    from safety_experts.models.transformer_keys import TransformerLayout
-
-    sizes = {"num_layers": 1, "context_dim": 8, "pooled_dim": 8, "in_channels": 16, "has_guidance": True}
-    layout = TransformerLayout(family, 128, **sizes, num_single_layers=1, pos_embed_size=8)
+def tiny_transformer(family, layout):
     torch.manual_seed(0)
-    transformer = build_transformer(layout).to_empty(device="cpu").eval()
+    transformer = family.build(layout).to_empty(device="cpu").eval()
     for parameter in transformer.state_dict().values():
         parameter.normal_(std=0.05)
     return transformer
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "denoiser_class"), [("sd3", SD3Denoiser), ("flux", FluxDenoiser)])
-def test_an_odd_size_is_the_even_one_that_goes_on_where_it_began(family, denoiser_class):
-    denoiser = denoiser_class(tiny_transformer(family), 3.0)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        (SD3(), SD3Layout(128, 1, 8, 8, 16, pos_embed_size=8)),
+        (Flux(), FluxLayout(128, 1, 8, 8, 16, num_single_layers=1, has_guidance=True)),
+    ],
+)
+def test_an_odd_size_is_the_even_one_that_goes_on_where_it_began(family, layout):
+    denoiser = family.denoiser_class(tiny_transformer(family, layout), 3.0)
     conditions = {"hidden_states": torch.randn(1, 3, 8), "pooled": torch.randn(1, 8)}
     odd, timesteps = torch.randn(1, 16, 3, 5), torch.tensor([500])
     even = torch.cat([odd, odd[:, :, :1]], dim=2)

@@ -10,10 +10,9 @@ from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import comfyui_matches
 from safety_experts.experts.merging import merge_experts
-from safety_experts.models.checkpoint import load_checkpoint, make_denoiser
-from safety_experts.models.sampling import sample_flow_latents
-from safety_experts.models.transformer import build_transformer
-from safety_experts.models.transformer_keys import infer_transformer, native_weight
+from safety_experts.models.checkpoint import load_checkpoint
+from safety_experts.models.flux import Flux
+from safety_experts.models.sd3 import SD3
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.tensor_file import read_tensors
@@ -105,27 +104,30 @@ def folder(pipeline, tmp_path_factory, tokenizer_folder):
 
 def test_the_family_and_its_schedule_are_recognised(single, family):
     assert (single.family, single.prediction_type) == (family, "flow")
-    assert single.shift == pytest.approx({"sd3": 3.0, "flux": 3.158193}[family])
+    assert single.noise.shift == pytest.approx({"sd3": 3.0, "flux": 3.158193}[family])
 
 
 def test_schnell_has_no_guidance_and_no_shift(tmp_path):
     weights = small.random_weights(flow.flux_shapes(has_guidance=False))
     checkpoint = load_checkpoint(small.write(tmp_path / "schnell.safetensors", weights))
-    assert checkpoint.shift == 1.0 and not checkpoint.load_model().config.guidance_embeds
+    assert checkpoint.noise.shift == 1.0 and not checkpoint.load_model().config.guidance_embeds
 
 
-@pytest.mark.parametrize("shapes", [flow.sd3_shapes(), flow.sd3_shapes(is_sd35=True), flow.flux_shapes(width=3072)])
-def test_native_names_are_those_of_diffusers_converter(shapes):
+@pytest.mark.parametrize(
+    ("of_family", "shapes"),
+    [(SD3(), flow.sd3_shapes()), (SD3(), flow.sd3_shapes(is_sd35=True)), (Flux(), flow.flux_shapes(width=3072))],
+)
+def test_native_names_are_those_of_diffusers_converter(of_family, shapes):
     from diffusers.loaders import single_file_utils
 
-    layout = infer_transformer(shapes)
+    layout = of_family.infer(shapes)
     generator = torch.Generator().manual_seed(0)
     rows = {key: torch.randn(shape[:1], generator=generator) for key, shape in shapes.items()}  # it looks at rows only
-    convert = getattr(single_file_utils, f"convert_{layout.family}_transformer_checkpoint_to_diffusers")
+    convert = getattr(single_file_utils, f"convert_{of_family.name}_transformer_checkpoint_to_diffusers")
     expected = convert({key: row if "embed" not in key else row[:, None] for key, row in rows.items()})
-    assert expected.keys() == build_transformer(layout).state_dict().keys()
+    assert expected.keys() == of_family.build(layout).state_dict().keys()
     for key, theirs in expected.items():
-        weight = native_weight(key, layout)
+        weight = of_family.native_weight(key, layout)
         ours = rows[weight.key if weight.key in rows else weight.key.replace("_norm.weight", "_norm.scale")]
         ours = ours[weight.rows] if weight.rows else ours
         ours = torch.cat(ours.chunk(2)[::-1]) if weight.swapped else ours
@@ -224,7 +226,7 @@ def drawn_by(pipeline, family, guidance, **options):
 @torch.no_grad()
 def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
     drawn = drawn_by(pipeline, family, 1.0, num_inference_steps=1)
-    denoiser = make_denoiser(single, single.load_model())
+    denoiser = single.make_denoiser(single.load_model())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[1:])
     velocity = denoiser.predict(NOISE, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
     assert velocity.std() > 0.1
@@ -235,12 +237,12 @@ def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
 def test_samples_are_the_pipelines(single, pipeline, family, monkeypatch):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(shift=single.shift))
+    monkeypatch.setattr(pipeline, "scheduler", FlowMatchEulerDiscreteScheduler(shift=single.noise.shift))
     # Evenly spaced before the shift; left to itself, SD3's pipeline shifts twice.
     drawn = drawn_by(pipeline, family, 5.0, sigmas=[1.0, 0.75, 0.5, 0.25])
-    denoiser = make_denoiser(single, single.load_model())
+    denoiser = single.make_denoiser(single.load_model())
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
-    ours = sample_flow_latents(denoiser, NOISE, conditions, num_steps=4)
+    ours = denoiser.sample(NOISE, conditions, num_steps=4)
     assert (ours - NOISE).std() > 0.1
     torch.testing.assert_close(ours, drawn, rtol=1e-4, atol=1e-4)
 
@@ -251,8 +253,8 @@ def test_bfloat16_predicts_nearly_what_float32_does(single, family):
     shapes = {"hidden_states": (2, 9, flow.T5_WIDTH[family]), "pooled": (2, flow.POOLED_WIDTH[family])}
     conditions = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     inputs = torch.randn(2, 16, 4, 4, generator=generator), torch.tensor([5, 900]), conditions
-    exact = make_denoiser(single, single.load_model()).predict(*inputs)
-    rounded = make_denoiser(single, single.load_model(torch.bfloat16), torch.bfloat16).predict(*inputs)
+    exact = single.make_denoiser(single.load_model()).predict(*inputs)
+    rounded = single.make_denoiser(single.load_model(torch.bfloat16), torch.bfloat16).predict(*inputs)
     # A noise level rounded to bfloat16 alone makes FLUX 35% wrong here.
     assert (rounded - exact).abs().mean() < 0.03 * exact.abs().mean()
 
@@ -260,11 +262,11 @@ def test_bfloat16_predicts_nearly_what_float32_does(single, family):
 @torch.no_grad()
 def test_a_folder_gives_what_the_single_file_gives(folder, single, pipeline):
     assert (folder.family, folder.prediction_type) == (single.family, "flow")
-    assert folder.shift == pytest.approx(single.shift) and len(folder.sha256) == 64
+    assert folder.noise.shift == pytest.approx(single.noise.shift) and len(folder.sha256) == 64
     conditions = [part.load_text_encoder().encode_prompts(PROMPTS) for part in (folder, single)]
     torch.testing.assert_close(conditions[0], conditions[1])
     inputs = torch.randn(2, 16, 4, 4), torch.tensor([10, 900]), conditions[0]
-    predicted = [make_denoiser(part, part.load_model()).predict(*inputs) for part in (folder, single)]
+    predicted = [part.make_denoiser(part.load_model()).predict(*inputs) for part in (folder, single)]
     torch.testing.assert_close(predicted[0], predicted[1])
     images = torch.rand(1, 3, 16, 16)
     expected = (pipeline.vae.encode(images * 2 - 1).latent_dist.mode() - 0.06) * 1.5

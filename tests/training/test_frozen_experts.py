@@ -93,7 +93,7 @@ def denoising_error(checkpoint, dataset, expert: Expert | None) -> float:
             module.weight.data += layer.delta()
     cache = PairCache(dataset, checkpoint, torch.device("cpu"), torch.float32)
     batch = BatchPlan(dataset.pairs, cache, load_recipe("toy", STYLE)).batch(0)
-    alpha = checkpoint.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float()
+    alpha = checkpoint.noise.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1).float()
     noisy = alpha.sqrt() * batch.chosen + (1 - alpha).sqrt() * batch.noise
     hidden = cache.conditions(batch.prompts)["hidden_states"].float()
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from safety_experts.models.sampling import GUIDANCE, STEPS, sample_latents
+from safety_experts.models.denoiser import SAMPLE_GUIDANCE, UNetDenoiser
 from safety_experts.training.samples import SampleDrawer
 from small_training import SmallTraining
 from tiny_models import make_pair
@@ -12,11 +12,11 @@ ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)  #
 IMAGE = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)
 
 
-class KnownImage:
+class KnownImage(UNetDenoiser):
     """Stands for a trained model that knows one image a prompt: its prediction is exact at every noise level."""
 
     def __init__(self, prediction_type: str):
-        self.prediction_type = prediction_type
+        super().__init__(None, ALPHAS, prediction_type)
 
     def predict(self, noisy, timesteps, conditions):
         alpha = ALPHAS[timesteps].view(-1, 1, 1, 1)
@@ -28,10 +28,7 @@ class KnownImage:
 class Known:
     """Checkpoint and cache of that model."""
 
-    name, alphas_cumprod = "known", ALPHAS
-
-    def __init__(self, prediction_type: str):
-        self.prediction_type = prediction_type
+    name = "known"
 
     def latents(self, pair):
         return IMAGE[0], IMAGE[0]
@@ -45,10 +42,10 @@ PROMPTS = ["a red circle with thorns 0", "a red circle 0"]
 
 
 def draw(prediction_type: str, guidance: float, use_karras_sigmas: bool = False) -> torch.Tensor:
-    known = Known(prediction_type)
+    known = Known()
     noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3)).expand(2, -1, -1, -1)
     conditions = known.conditions([*PROMPTS, "", ""])
-    return sample_latents(KnownImage(prediction_type), known, noise, conditions, STEPS, guidance, use_karras_sigmas)
+    return KnownImage(prediction_type).sample(noise, conditions, 20, guidance, use_karras_sigmas)
 
 
 @pytest.mark.parametrize("use_karras_sigmas", [False, True])
@@ -59,14 +56,14 @@ def test_an_exact_model_draws_the_image_it_knows(prediction_type, use_karras_sig
 
 
 def test_guidance_pushes_away_from_the_empty_prompt():
-    torch.testing.assert_close(draw("epsilon", GUIDANCE), 5 * torch.cat([IMAGE, -IMAGE]), atol=0.1, rtol=0)
+    torch.testing.assert_close(draw("epsilon", SAMPLE_GUIDANCE), 5 * torch.cat([IMAGE, -IMAGE]), atol=0.1, rtol=0)
 
 
 def test_the_pair_gives_the_prompts_each_once():
-    drawer = SampleDrawer(Known("epsilon"), Known("epsilon"), make_pair(0), torch.device("cpu"))
+    drawer = SampleDrawer(Known(), Known(), make_pair(0), torch.device("cpu"))
     assert drawer.prompts == PROMPTS
     same = make_pair(0, prompt="a red circle 0")
-    assert SampleDrawer(Known("epsilon"), Known("epsilon"), same, torch.device("cpu")).prompts == PROMPTS[1:]
+    assert SampleDrawer(Known(), Known(), same, torch.device("cpu")).prompts == PROMPTS[1:]
 
 
 def test_sampling_changes_nothing_and_comes_when_asked(tmp_path):

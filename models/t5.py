@@ -1,4 +1,4 @@
-"""Prompts to conditions of SD3 and FLUX, as ComfyUI encodes an unweighted prompt: CLIP and T5 together."""
+"""T5, which SD3 and FLUX have beside CLIP, as ComfyUI encodes an unweighted prompt."""
 
 import logging
 import re
@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .text_encoders import ClipTower, TextEncoder
 from .tokenizer import T5_END
 from .weights_file import WeightsFile, fill
 
 logger = logging.getLogger(__name__)
 
 T5_PAD = 0
-SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 256
 
 
 class T5Tower:
@@ -45,50 +43,6 @@ class T5Tower:
         """Return hidden states [n, num_tokens, width] float32. Padding is attended to: the models were trained so."""
         tokens = self.tokenize(prompts).to(next(self.model.parameters()).device)
         return self.model(tokens).last_hidden_state.float()
-
-
-class SD3TextEncoder(TextEncoder):
-    """CLIP-L and CLIP-G side by side, filled up with zeros to T5's width, then T5's tokens behind them.
-
-    Args:
-        towers: CLIP-L, CLIP-G.
-        t5: None where the checkpoint has none; then, as in ComfyUI, there are only CLIP's tokens.
-        context_dim: the width that the transformer takes.
-    """
-
-    def __init__(self, towers: Sequence[ClipTower], t5: T5Tower | None, context_dim: int):
-        super().__init__(towers)
-        self.t5, self.context_dim = t5, context_dim
-
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return `hidden_states` [n, 77 or 154, 4096] and `pooled` [n, 768 + 1280]; float32."""
-        hidden, pooled = zip(*(tower.encode(prompts) for tower in self.towers), strict=True)
-        joined = torch.cat(hidden, dim=-1)
-        joined = nn.functional.pad(joined, (0, self.context_dim - joined.shape[-1]))
-        if self.t5:
-            joined = torch.cat([joined, self.t5.encode(prompts)], dim=1)
-        return {"hidden_states": joined, "pooled": torch.cat(pooled, dim=-1)}
-
-
-class FluxTextEncoder(TextEncoder):
-    """T5's tokens, and CLIP-L for the pooled embedding alone."""
-
-    def __init__(self, towers: Sequence[ClipTower], t5: T5Tower):
-        super().__init__(towers)
-        self.t5 = t5
-
-    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return `hidden_states` [n, 256, 4096] and `pooled` [n, 768]; float32."""
-        pooled = self.towers[0].encode(prompts)[1]
-        assert pooled is not None
-        return {"hidden_states": self.t5.encode(prompts), "pooled": pooled}
-
-
-def join_text_encoder(towers: Sequence[ClipTower], t5: T5Tower | None, context_dim: int) -> TextEncoder:
-    """Return SD3's text encoder for CLIP-L and CLIP-G, FLUX's for CLIP-L and T5."""
-    if len(towers) == 1 and t5:
-        return FluxTextEncoder(towers, t5)
-    return SD3TextEncoder(towers, t5, context_dim)
 
 
 def load_t5(file: WeightsFile, prefix: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
