@@ -7,10 +7,20 @@ import pydantic
 import yaml
 
 from ...errors import InputError
+from .classifier import CLASSIFIER
+from .clip_concepts import CLIP_CONCEPTS
 from .judge import Judge, JudgeChoice, JudgeKind, JudgeOptions, Rule, Scores
+from .nudenet import NUDENET
+from .q16 import Q16_JUDGE
 from .toy_oracle import TOY_ORACLE
+from .vlm import VLM
 
 JUDGES: dict[str, JudgeKind] = {
+    "classifier": CLASSIFIER,
+    "clip-concepts": CLIP_CONCEPTS,
+    "q16": Q16_JUDGE,
+    "nudenet": NUDENET,
+    "vlm": VLM,
     "toy-oracle": TOY_ORACLE,
 }
 

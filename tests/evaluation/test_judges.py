@@ -46,7 +46,7 @@ def test_batches_of_any_size_give_the_same_scores():
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
-        (["nobody"], [], "no judge 'nobody'; choose from toy-oracle"),
+        (["nobody"], [], "no judge 'nobody'; choose from classifier, "),
         (["toy-oracle", "toy-oracle"], [], "named twice"),
         (["a b=toy-oracle"], [], "use letters"),
         (["toy-oracle"], ["rule=any-mark"], "not of the form judge.option=value"),
