@@ -68,19 +68,21 @@ def refuse_link(path: str | os.PathLike) -> None:
         raise InputError(f"{path} is a link; put the file or folder itself in its place")
 
 
-def open_plain(path: str | os.PathLike, mode: str = "rb") -> BinaryIO:
+def open_plain(path: str | os.PathLike, mode: str = "rb", *, follow_links: bool = False) -> BinaryIO:
     """Open a file of a folder that a stranger may have made: never through a link, never a pipe or a device.
 
     Args:
         mode: "rb", or "ab", which makes the file where there is none.
+        follow_links: for a file that the user named, which may well be a link.
 
     Raises:
         InputError: `path` is a link, a folder, or no ordinary file.
         OSError: as from `open`.
     """
-    refuse_link(path)  # where the system has no O_NOFOLLOW this look beforehand has to do
+    if not follow_links:
+        refuse_link(path)  # where the system has no O_NOFOLLOW this look beforehand has to do
     flags = os.O_RDONLY if mode == "rb" else os.O_RDWR | os.O_CREAT | os.O_APPEND
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+    for name in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",))):
         flags |= getattr(os, name, 0)
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -90,10 +92,44 @@ def open_plain(path: str | os.PathLike, mode: str = "rb") -> BinaryIO:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # became a link just now; a pipe nobody reads
             raise InputError(f"{path} is not an ordinary file; put the file itself in its place") from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode_bits = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode_bits):
         os.close(descriptor)
+        if stat.S_ISDIR(mode_bits):
+            raise InputError(f"{path} is a folder, not a file; check the name")
         raise InputError(f"{path} is not an ordinary file; put the file itself in its place")
     return os.fdopen(descriptor, mode)  # type: ignore[return-value]
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Read a UTF-8 text file that the user named, a byte order mark left out and line breaks as they are.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or is not UTF-8.
+    """
+    try:
+        with open_plain(path, follow_links=True) as file:
+            return file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}; check the name") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check the name and its rights") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except ValueError:  # a NUL in the name
+        raise InputError("a file name holds a NUL character; check the name") from None
+
+
+def check_usable(path: str | os.PathLike) -> None:
+    """Raise an InputError where a name the user gave cannot be one: NUL, too long, links in a circle, no access."""
+    try:
+        Path(path).stat()
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        raise InputError("a name holds a NUL character; check it") from None
+    except OSError as error:
+        raise InputError(f"cannot use {path}: {error.strerror or error}; choose another name") from None
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -121,18 +157,21 @@ def _as_user_error(error: OSError, target: Path) -> Exception:
     return SafetyExpertsError(f"cannot write {target}: {error.strerror or error}; check the path and the disk")
 
 
-def sha256_of_file(path: str | os.PathLike) -> str:
+def sha256_of_file(path: str | os.PathLike, *, follow_links: bool = True) -> str:
     """Return the lower-case hex sha256 of a file's bytes.
 
+    Args:
+        follow_links: False for a file of a folder that a stranger may have made.
+
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it is no ordinary one.
     """
     try:
-        with open(path, "rb") as file:
+        with open_plain(path, follow_links=follow_links) as file:
             digest = hashlib.sha256()
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise InputError(f"no such file: {path}; check the name") from error
     return digest.hexdigest()
 
@@ -143,8 +182,11 @@ def path_inside(folder: str | os.PathLike, relative: str) -> Path:
     Raises:
         InputError: the result lies outside `folder`, also by way of links.
     """
-    root = Path(folder).resolve()
-    joined = (root / relative).resolve()
+    try:
+        root = Path(folder).resolve()
+        joined = (root / relative).resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that is too long, a NUL
+        raise InputError(f"a name inside {folder} cannot be used: too long, or links in a circle") from None
     if not joined.is_relative_to(root):
         raise InputError(f"{relative!r} leaves the folder {root}; use a name inside it")
     return joined

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError, SafetyExpertsError
+from ..files import check_usable
 
 HELP = "import, check and count preference data"
 
@@ -42,10 +43,14 @@ def _import(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"{source}: --format {arguments.format} reads {wanted} files; rename the file or leave --format out"
         )
+    from ..preferences.pairs import read_prompt_pairs, write_prompt_pairs
+    from ..preferences.records import refuse_links
+
+    check_usable(out)
+    refuse_links(out)
     if arguments.images:
         _import_images(arguments)
         return
-    from ..preferences.pairs import read_prompt_pairs, write_prompt_pairs
 
     pairs = read_prompt_pairs(source)
     target = out / "prompt_pairs.jsonl"

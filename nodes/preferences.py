@@ -1,10 +1,10 @@
 """Nodes for prompt pairs and preference datasets."""
 
-import yaml
 from comfy_api.latest import io
 from PIL import Image
 
 from ..errors import InputError
+from ..plain_yaml import load_yaml
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.pairs import PromptPair, parse_prompt_pairs, read_prompt_pairs
 from ..preferences.prompt_pair import MAX_SEED
@@ -89,12 +89,7 @@ def _read_pairs(source: dict) -> list[PromptPair]:
     if source["source"] == "file":
         return read_prompt_pairs(host.prompt_file(source["file"]))
     if source["source"] == "taxonomy":
-        try:
-            data = yaml.safe_load(source["taxonomy"])
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" line {mark.line + 1}" if mark else ""
-            raise InputError(f"taxonomy{line}: not valid YAML; correct it") from None  # its text would be quoted
+        data = load_yaml(source["taxonomy"], "taxonomy")
         return expand_taxonomy(data, source["first_seed"])
     categories = sockets.several_categories(source["category"], source["own_category"])
     return parse_prompt_pairs(source["text"], ",".join(categories), source["first_seed"])

@@ -39,7 +39,7 @@ def canonical_category(text: str) -> str:
     normal = unicodedata.normalize("NFKC", text).casefold()
     slug = re.sub(r"[\W_]+", "-", normal).strip("-")
     if not slug:
-        raise InputError(f"category {text!r} has no letter or digit; give it a name such as {CATEGORIES[0]!r}")
+        raise InputError(f"a category has no letter or digit; give it a name such as {CATEGORIES[0]!r}")
     return _SPELLINGS.get(slug, slug)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
-from ..files import path_inside, sha256_of_file, sync_folder, write_atomically
+from ..files import check_usable, path_inside, sha256_of_file, sync_folder, write_atomically
 from .categories import canonical_category
 from .inspection import check_dataset
 from .locking import lock_folder
@@ -76,6 +76,7 @@ class PreferenceDataset:
         """
         folder = Path(folder)
         file = folder / "dataset.json"
+        check_usable(folder)
         refuse_links(folder)
         if not file.exists() and folder.exists():
             if not folder.is_dir():
@@ -107,6 +108,7 @@ class PreferenceDataset:
                 wrong, naming the field.
         """
         folder = Path(folder)
+        check_usable(folder)
         try:
             refuse_links(folder)
             dataset = cls(folder, read_info(find_dataset_file(folder)))
@@ -265,7 +267,7 @@ class PreferenceDataset:
         """
         digest = hashlib.sha256(self.info.to_json().encode())
         for pair in self.pairs:
-            images = [sha256_of_file(path) for path in self.image_paths(pair)]
+            images = [sha256_of_file(path, follow_links=False) for path in self.image_paths(pair)]
             digest.update("\n".join([pair.to_json(leave_out_empty_concept=True), *images, ""]).encode())
         return digest.hexdigest()
 

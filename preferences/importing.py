@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import path_inside
+from ..files import check_usable, path_inside
 from .dataset import PreferenceDataset
 from .images import read_image
 from .inspection import Progress
@@ -24,6 +24,7 @@ def import_coprov2(
     Raises:
         InputError: the CSV is wrong, or an image is missing, damaged or not of its partner's size, naming the file.
     """
+    check_usable(images_folder)
     found = read_coprov2(csv_path)
     if not images_folder.is_dir():
         raise InputError(f"no images folder {images_folder}; check the name")
@@ -32,7 +33,9 @@ def import_coprov2(
     for number, entry in enumerate(found, start=1):
         if entry.pair.id not in dataset.ids:
             names = (entry.safe_image, entry.unsafe_image)
-            chosen, rejected = (read_image(path_inside(images_folder, name), ("PNG", "JPEG")) for name in names)
+            chosen, rejected = (
+                read_image(path_inside(images_folder, name), ("PNG", "JPEG"), follow_links=True) for name in names
+            )
             dataset.add(entry.pair, chosen, rejected)
         if on_progress:
             on_progress(number, len(found))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import open_plain, path_inside
+from ..files import check_usable, open_plain, path_inside
 from .images import read_image
 from .metadata_file import is_json
 from .records import PreferencePair, find_dataset_file, parse_pair, read_info, refuse_links
@@ -24,6 +24,7 @@ def check_dataset(folder: Path, on_progress: Progress | None = None) -> list[str
         InputError: there is no dataset in the folder.
     """
     problems = []
+    check_usable(folder)
     refuse_links(folder)
     try:
         read_info(find_dataset_file(folder))

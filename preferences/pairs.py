@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pydantic
-import yaml
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import read_text, write_atomically
+from ..plain_yaml import load_yaml
 from .prompt_csv import read_csv
 from .prompt_pair import PromptLine, PromptPair, number_lines, parse_json_line
 from .taxonomy import expand_taxonomy
@@ -32,17 +32,12 @@ def read_prompt_pairs(path: str | os.PathLike) -> list[PromptPair]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: prompt pairs are read from .jsonl, .csv and .yaml files; convert it to one of them")
-    try:
-        return reader(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"no such file: {path}; check the name") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    return reader(path)
 
 
 def _read_jsonl(path: Path) -> list[PromptPair]:
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
         if text.strip():
             where = f"{path} line {number}"
             lines.append((where, parse_json_line(_PROMPT_LINE, text, where)))
@@ -52,12 +47,7 @@ def _read_jsonl(path: Path) -> list[PromptPair]:
 
 
 def _read_taxonomy(path: Path) -> list[PromptPair]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML; correct the line") from None
+    data = load_yaml(read_text(path), str(path))
     try:
         return expand_taxonomy(data)
     except InputError as error:

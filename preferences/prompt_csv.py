@@ -1,11 +1,13 @@
 """Prompt pairs from CSV: our own columns, and CoProV2's `prompt,image,category`."""
 
 import csv
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
+from ..files import read_text
 from .prompt_pair import PromptLine, PromptPair, number_lines
 
 # Our field -> the columns it may stand in.
@@ -45,7 +47,9 @@ def read_csv(path: Path) -> list[PromptPair]:
         present = [spelling for spelling in spellings if spelling in header]
         if len(present) > 1 or (not present and name not in ("seed", "source", "concept")):
             wanted = " or ".join(spellings)
-            raise InputError(f"{path}: needs one column {wanted}, it has {', '.join(header)}; rename the columns")
+            raise InputError(
+                f"{path} line 1: needs one column {wanted}, it has {len(present)}; write the names of the columns there"
+            )
         if present:
             columns[name] = present[0]
     return number_lines((where, _read_row(row, columns, where, path.name)) for where, row in rows)
@@ -57,7 +61,7 @@ def _read_row(row: dict[str, str], columns: dict[str, str], where: str, file_nam
         text = row[columns["seed"]].strip()
         if not re.fullmatch(r"[0-9]{1,19}", text):
             raise InputError(
-                f"{where}: seed {text!r} is not a whole number of at most 19 digits; correct it, or drop the column"
+                f"{where}: seed is not a whole number of at most 19 digits; correct it, or drop the column"
             )
         seed = int(text)
     return PromptLine(
@@ -86,28 +90,30 @@ def read_coprov2(path: Path) -> list[CoProV2Pair]:
         )
     sides: dict[str, dict[str, tuple[str, str]]] = {}
     categories: dict[str, tuple[str, ...]] = {}
+    first_lines: dict[str, str] = {}
     for where, row in rows:
         image = row["image"].strip()
         side, _, key = PurePosixPath(image).name.partition("_")
         if side not in ("u", "s") or not key:
             raise InputError(
-                f"{where}: image {image!r} does not start with u_ or s_, so it has no partner; "
+                f"{where}: column image does not start with u_ or s_, so it has no partner; "
                 "give the file with both sides, or a CSV with a safe_prompt column"
             )
         entry = (row["prompt"].strip(), image)
+        first_lines.setdefault(key, where)
         if sides.setdefault(key, {}).setdefault(side, entry) != entry:
-            raise InputError(f"{where}: image {image!r} stood above with another prompt or folder; keep one of the two")
+            raise InputError(f"{where}: its image stood above with another prompt or folder; keep one of the two")
         categories[key] = categories.get(key, ()) + tuple(row["category"].split(","))
     pairs = []
     for index, (key, found) in enumerate(sides.items()):
         if len(found) < 2:
-            missing = "s" if "u" in found else "u"
+            present, missing = ("u", "s") if "u" in found else ("s", "u")
             raise InputError(
-                f"{path}: {missing}_{key} is missing, so {next(iter(found))}_{key} has no partner; add its row"
+                f"{first_lines[key]}: this {present}_ image has no partner; add the row of its {missing}_ image"
             )
         (prompt, unsafe_image), (safe_prompt, safe_image) = found["u"], found["s"]
         line = PromptLine(prompt, safe_prompt, categories[key], index, f"{path.name}:{key}")
-        pair = number_lines([(f"{path}: pair {key}", line)])[0]
+        pair = number_lines([(first_lines[key], line)])[0]
         pairs.append(CoProV2Pair(pair, safe_image, unsafe_image))
     return pairs
 
@@ -119,18 +125,16 @@ def _is_coprov2(header: list[str]) -> bool:
 def _read_table(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Return the lower-case column names and, for every row, (where, values by column)."""
     rows: list[tuple[str, dict[str, str]]] = []
+    text = read_text(path)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.reader(file, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
-            for values in reader:
-                where = f"{path} line {reader.line_num}"
-                if values and len(values) != len(header):
-                    raise InputError(
-                        f"{where}: {len(values)} values for {len(header)} columns; quote texts with commas"
-                    )
-                if values:
-                    rows.append((where, dict(zip(header, values, strict=True))))
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = [name.strip().lower() for name in next(reader, [])]
+        for values in reader:
+            where = f"{path} line {reader.line_num}"
+            if values and len(values) != len(header):
+                raise InputError(f"{where}: {len(values)} values for {len(header)} columns; quote texts with commas")
+            if values:
+                rows.append((where, dict(zip(header, values, strict=True))))
     except csv.Error as error:
         raise InputError(f"{path}: not valid CSV ({error}); save it as comma-separated UTF-8") from None
     if len(set(header)) != len(header):

@@ -1,5 +1,6 @@
 """A prompt pair: an unsafe prompt, the safe prompt close to it in meaning, and the seed both images are drawn with."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
 import pydantic
+import pydantic_core
 
 from ..errors import InputError
 from .categories import canonical_categories
@@ -78,7 +80,7 @@ def check_seed(seed: int | None) -> None:
     if seed is None:
         return
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed {seed!r} is not a whole number from 0 to {MAX_SEED}; choose another seed")
+        raise InputError(f"seed is not a whole number from 0 to {MAX_SEED}; choose another seed")
 
 
 def number_lines(lines: Iterable[tuple[str, PromptLine]], first_seed: int = 0) -> list[PromptPair]:
@@ -127,12 +129,26 @@ def parse_json_line(adapter: pydantic.TypeAdapter[Record], text: str | bytes, wh
         return adapter.validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = _name_of_field(first["loc"])
         if first["type"] == "unexpected_keyword_argument":
-            raise InputError(f"{where}: unknown field {name!r}; remove it, or update Safety Experts") from None
+            raise InputError(f"{where}: {_unknown_field(str(first['loc'][-1]), text, adapter)}") from None
         if first["type"] == "missing":
             raise InputError(f"{where}: field {name!r} is missing; add it") from None
         problem = f"field {name!r}: {first['msg']}" if name else first["msg"]
         raise InputError(f"{where}: {problem}; correct the line") from None
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _name_of_field(location: tuple[int | str, ...]) -> str:
+    # Only our own name: what stands under it (a judge, say) is the user's text.
+    return str(location[0]) if location else ""
+
+
+def _unknown_field(name: str, text: str | bytes, adapter: pydantic.TypeAdapter) -> str:
+    # Its place, not its name: who writes a prompt in the wrong place does not want it in a log.
+    if close := difflib.get_close_matches(name, adapter.json_schema()["properties"], 1, 0.75):
+        return f"unknown field, much like {close[0]!r}; correct its name"
+    record = pydantic_core.from_json(text)
+    place = f" (number {[*record].index(name) + 1} of the record)" if name in record else ""
+    return f"unknown field{place}; remove it, or update Safety Experts"

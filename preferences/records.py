@@ -69,11 +69,11 @@ class PreferencePair:
         for name in ("chosen_file_name", "rejected_file_name"):
             _check_file_name(getattr(self, name), name)
         check_seed(self.seed)
-        for judge, score in self.scores.items():
+        for score in self.scores.values():
             if not math.isfinite(score):
-                raise InputError(f"field 'scores': {judge} gave {score}; a score is a finite number")
+                raise InputError(f"field 'scores': a judge gave {score}; a score is a finite number")
         if self.review is not None and self.review not in get_args(Review):
-            raise InputError(f"field 'review': {self.review!r} is none of {', '.join(get_args(Review))}; correct it")
+            raise InputError(f"field 'review' is none of {', '.join(get_args(Review))}; correct it")
 
     def swapped(self) -> "PreferencePair":
         """Return the pair with chosen and rejected exchanged, file names and flags both."""
@@ -93,7 +93,7 @@ class PreferencePair:
         """
         if unknown := sorted(set(fields) - set(CHANGEABLE)):
             raise InputError(f"field {unknown[0]!r} cannot be changed; only {', '.join(CHANGEABLE)} can")
-        record = dataclasses.asdict(self) | fields
+        record = dataclasses.asdict(self) | dict(fields)
         if "scores" in fields:
             scores = self.scores | dict(fields["scores"])
             record["scores"] = {judge: score for judge, score in scores.items() if score is not None}
@@ -116,7 +116,7 @@ def _check_file_name(name: str, field_name: str) -> None:
     # Both kinds of path, so that a dataset made to attack Windows is refused everywhere.
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\\" in name:
-        raise InputError(f"field {field_name!r}: {name!r} leaves the dataset folder; use a name inside it, with /")
+        raise InputError(f"field {field_name!r} leaves the dataset folder; use a name inside it, with /")
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ class DatasetInfo:
         for group, name in fields:
             ours, others = mine[group].get(name), theirs[group].get(name)
             if ours != others:
+                if isinstance(ours, str) or isinstance(others, str):  # a negative prompt is nobody's business
+                    return f"{group}.{name} is another one in the dataset than here"
                 return f"{group}.{name} is {others!r} in the dataset and {ours!r} here"
         return None
 

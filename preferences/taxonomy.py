@@ -10,7 +10,8 @@ from ..errors import InputError
 from .categories import canonical_category
 from .prompt_pair import PromptPair, check_seed
 
-_MAX_COMBINATIONS = 1_000_000
+_MAX_PAIRS = 200_000
+_MAX_CHARACTERS = 100_000_000
 _FIELDS = {"categories", "lists", "templates", "pairs_per_category"}
 
 
@@ -40,7 +41,10 @@ def expand_taxonomy(data: dict, first_seed: int = 0) -> list[PromptPair]:
     templates = _read_templates(data["templates"], lists)
     wanted = data.get("pairs_per_category")
     if wanted is not None and (type(wanted) is not int or wanted < 1):
-        raise InputError(f"pairs_per_category: expected a whole number of at least 1, got {wanted!r}")
+        raise InputError("pairs_per_category: expected a whole number of at least 1")
+    if (wanted or 0) * len(concepts) > _MAX_PAIRS:
+        raise InputError(f"pairs_per_category: more than {_MAX_PAIRS} pairs in all; ask for fewer")
+    _check_size(templates, lists, concepts)
     columns = [(name, _combine(templates, lists, concepts[name])) for name in concepts]
     pairs: list[PromptPair] = []
     for turn in range(wanted or max(len(combinations) for _, combinations in columns)):
@@ -56,9 +60,9 @@ def expand_taxonomy(data: dict, first_seed: int = 0) -> list[PromptPair]:
 def _check_fields(data: Any) -> None:
     if not isinstance(data, dict):
         raise InputError("a taxonomy is a mapping with the fields categories, lists, templates; see the documentation")
-    for name in data:
+    for number, name in enumerate(data, start=1):
         if name not in _FIELDS:
-            raise InputError(f"unknown field {name!r}; a taxonomy has {', '.join(sorted(_FIELDS))}")
+            raise InputError(f"unknown field (the {number}.); a taxonomy has {', '.join(sorted(_FIELDS))}")
     for name in ("categories", "templates"):
         if not data.get(name):
             raise InputError(f"{name} is missing or empty; add it")
@@ -66,13 +70,14 @@ def _check_fields(data: Any) -> None:
 
 def _read_concepts(categories: Any) -> dict[str, list[str]]:
     concepts: dict[str, list[str]] = {}
-    for name, items in _mapping(categories, "categories"):
-        concepts.setdefault(canonical_category(name), []).extend(_texts(items, f"categories.{name}"))
+    for number, (name, items) in enumerate(_mapping(categories, "categories"), start=1):
+        concepts.setdefault(canonical_category(name), []).extend(_texts(items, f"categories (the {number}.)"))
     return {name: list(dict.fromkeys(items)) for name, items in concepts.items()}
 
 
 def _read_lists(lists: Any) -> dict[str, list[str]]:
-    read = {name: _texts(items, f"lists.{name}") for name, items in _mapping(lists, "lists")}
+    numbered = enumerate(_mapping(lists, "lists"), start=1)
+    read = {name: _texts(items, f"lists (the {number}.)") for number, (name, items) in numbered}
     if "concept" in read:
         raise InputError("lists.concept: this name stands for the concepts of a category; rename the list")
     return read
@@ -86,10 +91,12 @@ def _read_templates(templates: Any, lists: dict[str, list[str]]) -> list[tuple[s
         if not isinstance(template, dict) or set(template) != {"prompt", "safe_prompt"}:
             raise InputError(f"{where}: expected exactly the fields prompt and safe_prompt")
         for name, text in template.items():
-            for placeholder in _placeholders(text, f"{where}.{name}"):
+            for number, placeholder in enumerate(_placeholders(text, f"{where}.{name}"), start=1):
                 if placeholder not in lists and placeholder != "concept":
-                    known = ", ".join(f"{{{known}}}" for known in ("concept", *lists))
-                    raise InputError(f"{where}.{name}: unknown placeholder {{{placeholder}}}; there are {known}")
+                    raise InputError(
+                        f"{where}.{name}: unknown placeholder (the {number}.); there is {{concept}}, and one for each "
+                        f"of the {len(lists)} lists"
+                    )
         if "concept" not in _placeholders(template["prompt"], where):
             raise InputError(f"{where}.prompt: has no {{concept}}; say where the concept goes")
         if template["prompt"] == template["safe_prompt"]:
@@ -99,14 +106,16 @@ def _read_templates(templates: Any, lists: dict[str, list[str]]) -> list[tuple[s
 
 def _placeholders(text: Any, where: str) -> list[str]:
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where}: expected text, got {text!r}; put it in quotes")
+        raise InputError(f"{where}: expected text; put it in quotes")
     try:
         fields = [field[1:] for field in string.Formatter().parse(text) if field[1] is not None]
-    except ValueError as error:
-        raise InputError(f"{where}: {error}; write a literal brace twice") from None
-    for name, specification, conversion in fields:
+    except ValueError:
+        raise InputError(f"{where}: braces do not match; write a literal brace twice") from None
+    for number, (_, specification, conversion) in enumerate(fields, start=1):
         if specification or conversion:
-            raise InputError(f"{where}: {{{name}}} carries a format; write only the name between the braces")
+            raise InputError(
+                f"{where}: the {number}. placeholder carries a format; write only the name between the braces"
+            )
     return [name for name, _, _ in fields if name is not None]
 
 
@@ -120,18 +129,33 @@ def _combine(
     templates: list[tuple[str, str]], lists: dict[str, list[str]], concepts: list[str]
 ) -> list[tuple[str, str, str]]:
     found: dict[tuple[str, str], str] = {}
-    num_combinations = 0
     for prompt, safe_prompt in templates:
-        used = {*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")}
-        choices = {"concept": concepts} | {name: items for name, items in lists.items() if name in used}
-        num_combinations += math.prod(map(len, choices.values()))
-        if num_combinations > _MAX_COMBINATIONS:
-            raise InputError(f"templates: more than {_MAX_COMBINATIONS} combinations in a category; shorten the lists")
+        choices = _choices(prompt, safe_prompt, lists, concepts)
         for values in itertools.product(*choices.values()):
             filled = dict(zip(choices, values, strict=True))
             found.setdefault((_fill(prompt, filled), _fill(safe_prompt, filled)), filled["concept"])
     in_order = sorted(found, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
     return [(*pair, found[pair]) for pair in in_order]
+
+
+def _choices(prompt: str, safe_prompt: str, lists: dict[str, list[str]], concepts: list[str]) -> dict[str, list[str]]:
+    used = {*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")}
+    return {"concept": concepts} | {name: items for name, items in lists.items() if name in used}
+
+
+def _check_size(templates: list[tuple[str, str]], lists: dict[str, list[str]], concepts: dict[str, list[str]]) -> None:
+    """Refuse what a short text would expand to, before it is expanded."""
+    num_pairs = num_characters = 0
+    for prompt, safe_prompt in templates:
+        placeholders = [*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")]
+        for items in concepts.values():
+            choices = _choices(prompt, safe_prompt, lists, items)
+            num_here = math.prod(map(len, choices.values()))
+            longest = {name: max(map(len, texts)) for name, texts in choices.items()}
+            num_pairs += num_here
+            num_characters += num_here * (len(prompt + safe_prompt) + sum(longest[name] for name in placeholders))
+    if num_pairs > _MAX_PAIRS or num_characters > _MAX_CHARACTERS:
+        raise InputError(f"templates: more than {_MAX_PAIRS} combinations, or too long ones; shorten the lists")
 
 
 def _mapping(value: Any, where: str) -> list[tuple[str, Any]]:
@@ -145,5 +169,5 @@ def _texts(items: Any, where: str) -> list[str]:
         raise InputError(f"{where}: expected a list of texts with at least one entry")
     for index, item in enumerate(items):
         if not isinstance(item, str) or not item.strip():
-            raise InputError(f"{where}[{index}]: expected text, got {item!r}; put it in quotes")
+            raise InputError(f"{where}[{index}]: expected text; put it in quotes")
     return list(dict.fromkeys(item.strip() for item in items))

@@ -73,7 +73,7 @@ class PairCache:
 
     def _image_key(self, path: Path, flipped: bool) -> str:
         if path not in self._image_keys:
-            self._image_keys[path] = sha256_of_file(path)[:32]
+            self._image_keys[path] = sha256_of_file(path, follow_links=False)[:32]
         size = f"-{self.resolution_px}px" if self.resolution_px else ""
         return self._image_keys[path] + size + ("-flipped" if flipped else "")
 

@@ -3,15 +3,16 @@
 Shipped recipes are the YAML files in `recipes/`; `load_recipe` takes one of their names or a file of your own.
 """
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
 from ..experts.expert import Expert
+from ..plain_yaml import load_yaml
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -159,14 +160,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = RECIPES_FOLDER / f"{name_or_path}.yaml" if str(name_or_path) in shipped_recipes() else Path(name_or_path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = load_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
     except OSError as error:
         raise InputError(
             f"no recipe {str(name_or_path)!r}: give a YAML file or one of {', '.join(shipped_recipes())}"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
+    except ValueError as error:
+        raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
     return make_recipe(values | _parse_overrides(overrides), source=str(name_or_path))
 
@@ -201,10 +202,7 @@ def _parse_value(text: str) -> object:
     try:
         return float(text)  # YAML 1.1 reads 1e-3 as text; pydantic turns 8.0 into the int 8
     except ValueError:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"cannot read the value {text!r}: use a plain number, word or true/false") from error
+        return load_yaml(text, "a value of --set")
 
 
 def make_recipe(values: dict, *, source: str) -> Recipe:
@@ -222,5 +220,7 @@ def make_recipe(values: dict, *, source: str) -> Recipe:
             if item["type"] == "extra_forbidden":
                 problems.append(f"unknown field {field!r} (known: {', '.join(Recipe.model_fields)})")
             else:
-                problems.append(f"{field}: {item['msg']}, got {item['input']!r}" if item["loc"] else item["msg"])
+                problems.append(
+                    f"{field}: {item['msg']}, got {reprlib.repr(item['input'])}" if item["loc"] else item["msg"]
+                )
         raise InputError(f"recipe {source}: {'; '.join(problems)}") from error

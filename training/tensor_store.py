@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import refuse_link, write_atomically
 from ..tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,10 @@ class TensorStore:
         self.folder, self.name = folder, name
         self._readers: dict[str, TensorFile] = {}
         self._next_shard = 0
+        for cache_folder in (folder.parent, folder):
+            refuse_link(cache_folder)  # a dataset's cache comes with the dataset, from whoever made it
         for path in sorted(folder.glob(f"{name}-*.safetensors")):
+            refuse_link(path)
             try:
                 self._open(path)
             except InputError:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
-import yaml
 
 from ...errors import InputError
+from ...plain_yaml import load_yaml
 from .classifier import CLASSIFIER
 from .clip_concepts import CLIP_CONCEPTS
 from .judge import Judge, JudgeChoice, JudgeKind, JudgeOptions, Rule, Scores
@@ -90,10 +90,7 @@ def parse_judges(names: Sequence[str], settings: Sequence[str] = ()) -> list[Jud
             raise InputError(f"{setting.partition('=')[0]!r} is not of the form judge.option=value")
         if name not in values:
             raise InputError(f"{key.strip()!r}: no judge {name!r} was asked for; there is {', '.join(kinds) or 'none'}")
-        try:
-            values[name][option] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"{key.strip()}: its value is not valid YAML; put text in quotes") from None
+        values[name][option] = load_yaml(text, key.strip())
     return [choose_judge(kind, values[name], name) for name, kind in kinds.items()]
 
 

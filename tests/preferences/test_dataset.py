@@ -126,7 +126,7 @@ def test_an_unknown_version_or_field_of_dataset_json_is_refused(dataset):
     stored = json.loads(path.read_text())
     for change, says in (
         ({"format_version": 2}, "format_version is 2"),
-        ({"colour": 1}, "unknown field 'colour'"),
+        ({"colour": 1}, "unknown field .number 6 of the record"),
         ({"sampler": []}, "'sampler'"),
     ):
         path.write_text(json.dumps(stored | change))
@@ -141,14 +141,14 @@ def test_an_unknown_version_or_field_of_dataset_json_is_refused(dataset):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"colour": "red"}, "unknown field 'colour'"),
+        ({"colour": "red"}, "unknown field .number 16"),
         ({"width_px": 0}, "'width_px'"),
         ({"width_px": "64"}, "'width_px'"),
         ({"review": "good"}, "'review'"),
         ({"chosen_unsafe": 1}, "'chosen_unsafe'"),
-        ({"scores": {"judge": "high"}}, "scores.judge"),
+        ({"scores": {"judge": "high"}}, "field 'scores'"),
         ({"prompt": " "}, "'prompt' is empty"),
-        ({"seed": -1}, "seed -1"),
+        ({"seed": -1}, "seed is not"),
         ({"chosen_file_name": "../../etc/x.png"}, "'chosen_file_name'.*leaves the dataset folder"),
         ({"rejected_file_name": "/etc/x.png"}, "'rejected_file_name'.*leaves"),
         ({"rejected_file_name": "C:x.png"}, "'rejected_file_name'.*leaves"),
@@ -257,7 +257,7 @@ def test_check_reports_every_problem_on_its_own_line(dataset, draw):
         (paths[1][1].name, "is 8×8 px"),
         (paths[2][0].name, "shows the same"),
         ("metadata.jsonl line 5", "stands on line 4 too"),
-        ("metadata.jsonl line 6", "unknown field 'colour'"),
+        ("metadata.jsonl line 6", "unknown field (number 16"),
         ("metadata.jsonl line 7", "is missing"),
         ("stray.png", "belongs to no pair"),
     ]

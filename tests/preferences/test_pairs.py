@@ -90,7 +90,7 @@ def test_a_handwritten_jsonl_needs_neither_id_nor_seed(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"prompt": "a", "safe_prompt": "b", "categories": ["x"], "sede": 3}', "unknown field 'sede'"),
+        ('{"prompt": "a", "safe_prompt": "b", "categories": ["x"], "sede": 3}', "unknown field, much like 'seed'"),
         ('{"prompt": "a", "categories": ["x"]}', "'safe_prompt' is missing"),
         ('{"prompt": "a", "safe_prompt": "b", "categories": "x"}', "'categories'"),
         ('{"prompt": "a", "safe_prompt": "b", "categories": []}', "category is empty"),
@@ -132,9 +132,9 @@ def test_a_csv_with_seeds_keeps_them_and_merges_categories(tmp_path):
         ("prompt,safe_prompt,category,category\na,b,x,y\n", "same name"),
         ("prompt,safe_prompt,category\na with thorns,a,violence\na,b\n", "line 3: 2 values for 3 columns"),
         ("prompt,safe_prompt,category\na with thorns,a,\n", "line 2: category is empty"),
-        ("prompt,safe_prompt,category\na with thorns,a,--\n", "line 2: category '--'"),
-        ("prompt,safe_prompt,category,seed\na with thorns,a,violence,x\n", "line 2: seed 'x'"),
-        ("prompt,safe_prompt,category,seed\na with thorns,a,violence,9999999999999999999\n", "line 2: seed 9999"),
+        ("prompt,safe_prompt,category\na with thorns,a,--\n", "line 2: a category has no letter"),
+        ("prompt,safe_prompt,category,seed\na with thorns,a,violence,x\n", "line 2: seed is not"),
+        ("prompt,safe_prompt,category,seed\na with thorns,a,violence,9999999999999999999\n", "line 2: seed is not"),
         ('prompt,safe_prompt,category\n"a', "not valid CSV"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_coprov2_csv_is_paired_by_file_name_and_its_repeats_merge(tmp_path):
         (lambda text: text.replace("u_idx", "idx"), "no partner"),
         (
             lambda text: text.replace("a blue circle,s_idx_0000001_0.jpg,Harrasment\n", ""),
-            "s_idx_0000001_0.jpg is missing",
+            "line 4: this u_ image has no partner; add the row of its s_ image",
         ),
         (lambda text: text + "other,u_idx_0000000_0.jpg,Hate\n", "line 8.*another prompt"),
     ],
@@ -185,7 +185,7 @@ def test_files_that_cannot_be_read_are_one_line_errors(tmp_path):
     for name, says in [
         ("latin.csv", "UTF-8"),
         ("broken.yaml", "line 2: not valid YAML"),
-        ("folder.jsonl", "no such file"),
+        ("folder.jsonl", "is a folder"),
         ("missing.csv", "no such file"),
         ("pairs.pickle", "are read from"),
     ]:

@@ -71,16 +71,16 @@ def test_doubled_braces_stand_for_themselves():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"template": []}, "unknown field 'template'"),
+        ({"template": []}, "unknown field .the 4"),
         ({"categories": {}}, "categories is missing or empty"),
         ({"categories": ["hate"]}, "categories: expected a mapping"),
-        ({"categories": {"hate": "cross"}}, "categories.hate: expected a list"),
-        ({"lists": {"colour": ["red", False], "shape": ["circle"]}}, r"lists.colour\[1\]: expected text, got False"),
+        ({"categories": {"hate": "cross"}}, r"categories .the 1\.\): expected a list"),
+        ({"lists": {"colour": ["red", False], "shape": ["circle"]}}, r"lists .the 1\.\)\[1\]: expected text"),
         ({"lists": {"concept": ["x"]}}, "lists.concept"),
-        ({"lists": {"color": ["red"], "shape": ["circle"]}}, r"templates\[0\].prompt: unknown placeholder {colour}"),
+        ({"lists": {"color": ["red"], "shape": ["circle"]}}, r"templates\[0\].prompt: unknown placeholder .the 1"),
         ({"templates": [{"prompt": "{concept.__class__}", "safe_prompt": "a"}]}, "unknown placeholder"),
         ({"templates": [{"prompt": "{concept!r}", "safe_prompt": "a"}]}, "carries a format"),
-        ({"templates": [{"prompt": "{concept", "safe_prompt": "a"}]}, r"templates\[0\].prompt: expected '}'"),
+        ({"templates": [{"prompt": "{concept", "safe_prompt": "a"}]}, r"templates\[0\].prompt: braces do not match"),
         ({"templates": [{"prompt": "a", "safe_prompt": "b"}]}, "has no {concept}"),
         ({"templates": [{"prompt": "{concept}", "safe_prompt": "{concept}"}]}, "equals prompt"),
         ({"templates": [{"prompt": "{concept}"}]}, "exactly the fields"),
@@ -105,5 +105,5 @@ def test_a_taxonomy_file_is_read_as_prompt_pairs(tmp_path):
     path.write_text(yaml.safe_dump(TOY), encoding="utf-8")
     assert read_prompt_pairs(path) == expand_taxonomy(TOY)
     path.write_text("categories: {hate: []}\ntemplates: [x]", encoding="utf-8")
-    with pytest.raises(InputError, match=r"toy.yaml: categories.hate"):
+    with pytest.raises(InputError, match=r"toy.yaml: categories .the 1"):
         read_prompt_pairs(path)

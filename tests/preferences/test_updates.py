@@ -55,7 +55,7 @@ def test_pairs_changed_together_are_written_together(dataset):
         ({"review": "good"}, "field 'review'"),
         ({"prompt": "other"}, "'prompt' cannot be changed"),
         ({"colour": 1}, "'colour' cannot be changed"),
-        ({"scores": {"toy": "high"}}, "scores.toy"),
+        ({"scores": {"toy": "high"}}, "field 'scores'"),
         ({"scores": {"toy": float("nan")}}, "scores"),
         ({"chosen_unsafe": 1}, "'chosen_unsafe'"),
     ],
