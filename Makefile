@@ -22,12 +22,12 @@ demo: $(INSTALLED)  ## the whole pipeline on the toy world through a real ComfyU
 	$(BIN)/safety-experts demo $(ARGS)
 
 test: $(INSTALLED)  ## every test, on a real ComfyUI too, then lint (ARGS="-k merge" picks some)
-	$(BIN)/pytest --ignore=tests/browser $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore=tests/browser --numprocesses 2 --dist loadfile $(ARGS)
 	@$(MAKE) --no-print-directory lint
 
-check: $(INSTALLED) lint  ## formatting, lint, types, and which room may import which
+check: $(INSTALLED) lint  ## formatting, lint, types, and the tests that need no ComfyUI: a minute
 	$(BIN)/mypy .
-	$(BIN)/pytest --quiet tests/test_boundaries.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m "not comfyui and not slow" $(ARGS)
 
 format: $(INSTALLED)  ## put the code into the house format
 	$(BIN)/ruff format .

@@ -40,10 +40,16 @@ def assemble(unet: Mapping[str, torch.Tensor], autoencoder: Mapping[str, torch.T
     unet = to_ldm({**unet, **seeded_time_embedding()}, LAYOUT)
     tensors = {f"model.diffusion_model.{name}": tensor.half() for name, tensor in unet.items()}
     tensors |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in seeded_text_model().items()}
-    tensors |= {f"first_stage_model.{taesd_key(name)}": tensor.half() for name, tensor in autoencoder.items()}
+    tensors |= vae_tensors(autoencoder)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def vae_tensors(autoencoder: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the checkpoint's VAE from the state dict of diffusers' AutoencoderTiny, float16."""
+    tensors = {f"first_stage_model.{taesd_key(name)}": tensor.half() for name, tensor in autoencoder.items()}
     tensors["first_stage_model.vae_scale"] = torch.tensor(_SD15_LATENT_SCALE)
     tensors["first_stage_model.vae_shift"] = torch.tensor(0.0)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

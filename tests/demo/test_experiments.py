@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from safety_experts.demo.experiments import Experiment, remembered, sampler, toy_recipe, trained
+
+pytestmark = pytest.mark.slow
 
 SHORT = ["steps=1", "batch_size=1", "anchor_weight=0"]
 

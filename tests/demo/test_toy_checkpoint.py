@@ -11,6 +11,8 @@ from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.toy import world
 from safety_experts.toy.oracle import Reading, read_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint_path(tmp_path_factory):

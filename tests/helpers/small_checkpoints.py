@@ -65,19 +65,19 @@ def unet_shapes(context_dim: int = 768, in_channels: int = 4) -> dict[str, tuple
     return shapes
 
 
-def clip_shapes() -> dict[str, tuple[int, ...]]:
-    """transformers' names of a CLIP text model of 2 layers and width 64."""
+def clip_shapes(width: int = CLIP_WIDTH) -> dict[str, tuple[int, ...]]:
+    """transformers' names of a CLIP text model of 2 layers."""
     shapes: dict[str, tuple[int, ...]] = {
-        "text_model.embeddings.token_embedding.weight": (49408, CLIP_WIDTH),
-        "text_model.embeddings.position_embedding.weight": (77, CLIP_WIDTH),
+        "text_model.embeddings.token_embedding.weight": (49408, width),
+        "text_model.embeddings.position_embedding.weight": (77, width),
     }
-    modules: dict[str, tuple[int, ...]] = {"text_model.final_layer_norm": (CLIP_WIDTH,)}
+    modules: dict[str, tuple[int, ...]] = {"text_model.final_layer_norm": (width,)}
     for layer in range(CLIP_LAYERS):
         base = f"text_model.encoder.layers.{layer}"
-        modules |= {f"{base}.layer_norm1": (CLIP_WIDTH,), f"{base}.layer_norm2": (CLIP_WIDTH,)}
-        modules |= {f"{base}.self_attn.{letter}_proj": (CLIP_WIDTH, CLIP_WIDTH) for letter in "qkv"}
-        modules |= {f"{base}.self_attn.out_proj": (CLIP_WIDTH, CLIP_WIDTH)}
-        modules |= {f"{base}.mlp.fc1": (128, CLIP_WIDTH), f"{base}.mlp.fc2": (CLIP_WIDTH, 128)}
+        modules |= {f"{base}.layer_norm1": (width,), f"{base}.layer_norm2": (width,)}
+        modules |= {f"{base}.self_attn.{letter}_proj": (width, width) for letter in "qkv"}
+        modules |= {f"{base}.self_attn.out_proj": (width, width)}
+        modules |= {f"{base}.mlp.fc1": (2 * width, width), f"{base}.mlp.fc2": (width, 2 * width)}
     for name, shape in modules.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes

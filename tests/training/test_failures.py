@@ -187,6 +187,7 @@ def test_a_damaged_state_is_one_line(small, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on_to_the_same_file(small, tmp_path):
     out, overrides = tmp_path / "a.safetensors", ("--set", "steps=60", "--device", "cpu", "--json-lines")
     straight = small.train(tmp_path / "straight" / "a.safetensors", "steps=60").path.read_bytes()

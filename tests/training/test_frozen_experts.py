@@ -21,6 +21,8 @@ from safety_experts.training.lora import add_frozen
 from safety_experts.training.recipe import load_recipe
 from tiny_models import tiny_unet
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = find_comfyui() / "comfy" / "sd1_tokenizer"
 STYLE = ["steps=1", "batch_size=4", "precision=fp32", "objective={sigmoid: 0}", "sft_weight=1", "anchor_weight=0"]
 

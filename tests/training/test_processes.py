@@ -17,6 +17,10 @@ from safety_experts.training.recipe import Recipe
 from safety_experts.training.run import TrainingRun
 from tiny_models import MemoryCache, make_pair, tiny_unet
 
+pytestmark = pytest.mark.slow
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+
 
 def train_and_save(processes: Processes, path: Path) -> None:
     recipe = Recipe(rank=2, batch_size=4, accumulation_steps=2, steps=5, learning_rate=1e-3, warmup_steps=0)
@@ -35,7 +39,9 @@ def test_two_processes_train_what_one_trains(tmp_path):
     train_and_save(Processes(), tmp_path / "one.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [__file__, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HELPERS)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     one = load_file(tmp_path / "one.safetensors")
     for rank in range(2):

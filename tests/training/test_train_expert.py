@@ -20,6 +20,8 @@ from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.recipe import load_recipe, recipe_of_expert
 from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = find_comfyui() / "comfy" / "sd1_tokenizer"
 
