@@ -31,10 +31,14 @@ OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How many pairs to train on and to measure with, for each category."""
+    """How many pairs to train on and to measure with, for each category.
 
-    training_pairs: int = 48
-    evaluation_pairs: int = 48
+    16 to measure with are the fewest whose interval can hold a promise: 16 of 16 is at least 81 %, none of 16 at most
+    19 % (Wilson, 95 %), against the promised 80 % and 20 %.
+    """
+
+    training_pairs: int = 32
+    evaluation_pairs: int = 16
 
 
 FULL, FAST = DemoSize(), DemoSize(training_pairs=16, evaluation_pairs=8)
