@@ -176,6 +176,11 @@ def sha256_of_file(path: str | os.PathLike, *, follow_links: bool = True) -> str
     return digest.hexdigest()
 
 
+def is_plain_name(name: str) -> bool:
+    """Say whether a name from a file or a request is that of a file in a folder, on any system, and no path."""
+    return name not in ("", ".", "..") and not any(letter in name for letter in "/\\:\0") and len(name.encode()) < 200
+
+
 def path_inside(folder: str | os.PathLike, relative: str) -> Path:
     """Join `relative` (from a workflow, a request or a data file) to `folder`, refusing to leave it.
 

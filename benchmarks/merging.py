@@ -19,6 +19,7 @@ import torch
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import open_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import METHODS, merge_experts
 
 RESULT = Path(__file__).resolve().parent / "results" / "merging.json"
@@ -97,7 +98,7 @@ def make_expert(number: int) -> Expert:
         )
         for name, (out, inner) in sdxl_layers().items()
     }
-    return Expert(layers, {"categories": [f"category {number}"]}, f"expert_{number}")
+    return Expert(layers, ExpertInfo(categories=[f"category {number}"]), f"expert_{number}")
 
 
 def probe(case: str, folder: str) -> dict:

@@ -21,6 +21,7 @@ from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import merge_experts
 from safety_experts.preferences.taxonomy import expand_taxonomy
 from safety_experts.toy.world import prompt_for, taxonomy
@@ -198,7 +199,7 @@ def make_expert(seed: int, category: str, shapes: dict[str, tuple[int, int]]) ->
         )
         for name, (out, width) in shapes.items()
     }
-    return Expert(layers, {"categories": [category]}, category)
+    return Expert(layers, ExpertInfo(categories=[category]), category)
 
 
 def encode(clip, prompt: str) -> list:

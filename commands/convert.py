@@ -1,6 +1,7 @@
 """`safety-experts convert`: any LoRA, LoHa or LoKr file as a LoRA that every loader reads."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from .merge import check_out
@@ -25,7 +26,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     tensors, metadata = read_tensors(arguments.file)
     expert = convert_lycoris(tensors, metadata, arguments.file, rank=arguments.rank, energy=arguments.energy)
-    expert.name = arguments.out.stem
-    save_expert(expert, arguments.out)
-    least = min(expert.info["retained_energy"].values(), default=1.0)
+    save_expert(replace(expert, name=arguments.out.stem), arguments.out)
+    least = min(expert.info.retained_energy.values(), default=1.0)
     print(f"{arguments.out}: {len(expert.layers)} layers, at least {least:.1%} of each layer's change kept")

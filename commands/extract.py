@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             on_layer=show,
         )
     save_expert(expert, arguments.out)
-    retained = expert.info["retained_energy"].values()
+    retained = expert.info.retained_energy.values()
     print(
         f"{arguments.out}: {len(expert.layers)} layers, {sum(retained) / len(retained):.1%} of a layer's change kept "
         f"on average, {min(retained):.1%} at least"

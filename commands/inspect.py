@@ -2,6 +2,12 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+from ..typed import printable
+
+if TYPE_CHECKING:
+    from ..experts.info import Origin, Parent, Trained
 
 HELP = "print what an expert or merge contains, where it came from, and which keys ComfyUI will match"
 
@@ -21,38 +27,64 @@ def run(arguments: argparse.Namespace) -> None:
 
     facts = describe_file(arguments.file)
     if arguments.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json.dumps(facts.to_json(), indent=2, ensure_ascii=False))
         return
-    print(f"{facts['name']}: {facts['num_layers']} layers, {_ranks(facts['ranks'])}, alpha {_range(facts['alphas'])}")
-    print(f"categories: {', '.join(facts['categories']) or 'unknown (no safety_experts metadata)'}")
-    if base := facts.get("base_checkpoint"):
-        print(f"trained on: {base.get('name')} ({base.get('family')}, sha256 {str(base.get('sha256'))[:12]})")
-    for frozen in facts.get("trained_with", ()):
-        print(f"trained with: {frozen['name']} ({(frozen['sha256'] or frozen['tensors_sha256'])[:12]})")
-    if recipe := facts.get("recipe"):
-        shown = ("beta", "anchor_weight", "learning_rate", "batch_size")
-        values = ", ".join(f"{key} {recipe[key]:g}" for key in shown if key in recipe)
-        print(f"recipe: {facts.get('objective')}, {facts.get('step')} steps, seed {facts.get('seed')}, {values}")
-    if method := facts.get("method"):
-        settings = ", ".join(f"{key} {value}" for key, value in facts["parameters"].items())
-        print(f"merged by: {method}{f' ({settings})' if settings else ''}")
-        for parent in facts["parents"]:
-            sha = parent["sha256"] or parent["tensors_sha256"]
-            weight = f"{parent['weight']:g} x " if "weight" in parent else ""  # protection has none
-            print(f"  {weight}{parent['name']} [{', '.join(parent['categories'])}] {sha[:12]}")
-    if origin := facts.get("extracted"):
-        print(f"extracted: {origin['tuned']} minus {origin['base']}")
-    if retained := facts.get("retained_energy"):
-        print(
-            f"truncated: {retained['mean']:.1%} of a layer's change kept on average, {retained['least']:.1%} at least"
-        )
-    for block in facts["rank_blocks"]:
-        print(f"dial: {', '.join(block['categories']) or block['name']} ({block['num_layers']} layers)")
-    matched, ignored = facts["comfyui"]["matched_keys"], facts["comfyui"]["ignored_keys"]
-    print(f"ComfyUI: knows the spelling of {matched} of {matched + ignored} keys")
-    if ignored:
-        print(f"  not known, first: {facts['comfyui']['first_ignored'][0]}")
+    info = facts.info
+    print(f"{facts.name}: {facts.num_layers} layers, {_ranks(facts.ranks)}, alpha {_range(facts.alphas)}")
+    print(f"categories: {', '.join(info.categories) or 'unknown (no safety_experts metadata)'}")
+    if info.base_checkpoint.is_known:
+        print(f"model: {info.base_checkpoint}")
+    _print_origin(info.origin)
+    if retained := info.retained_energy.values():
+        mean = sum(retained) / len(retained)
+        print(f"truncated: {mean:.1%} of a layer's change kept on average, {min(retained):.1%} at least")
+    for category, strength in info.category_strengths.items():
+        print(f"strength of {category}: multiplied by {strength:g} since")
+    for block in facts.blocks:
+        print(f"strength: {', '.join(block.categories) or block.name} ({len(block.ranks)} layers)")
+    print(f"ComfyUI: knows the spelling of {facts.num_keys - len(facts.ignored_keys)} of {facts.num_keys} keys")
+    if facts.ignored_keys:
+        print(f"  not known, first: {printable(facts.ignored_keys[0])}")
         print(_REMEDY.format(path=arguments.file))
+
+
+def _print_origin(origin: "Origin | None") -> None:
+    from ..experts.info import Converted, Extracted, Merged, Protected, Trained
+
+    if isinstance(origin, Trained):
+        _print_training(origin)
+    elif isinstance(origin, Merged):
+        settings = ", ".join(f"{key} {value}" for key, value in origin.parameters.items())
+        print(f"merged by: {origin.method}{f' ({settings})' if settings else ''}")
+        for parent in origin.parents:
+            print(f"  {1.0 if parent.weight is None else parent.weight:g} x {_parent(parent)}")
+    elif isinstance(origin, Protected):
+        style, *experts = map(_parent, origin.parents)
+        print(f"protected: {style}, {origin.space} at strength {origin.strength:g}, from")
+        print("\n".join(f"  {expert}" for expert in experts))
+        _print_origin(origin.before)
+    elif isinstance(origin, Extracted):
+        print(f"extracted: {origin.tuned} minus {origin.base}, {origin.num_left_out} changed norms left out")
+    elif isinstance(origin, Converted):
+        print(f"converted: to rank {origin.rank} at most")
+        _print_origin(origin.before)
+
+
+def _print_training(training: "Trained") -> None:
+    recipe = training.recipe_name or "of its own"
+    kept = ("beta", "anchor_weight", "learning_rate", "batch_size")
+    values = [f"{key} {value:g}" for key in kept if isinstance(value := training.recipe.get(key), int | float)]
+    print(f"objective: {' + '.join(map(printable, training.objectives)) or 'none'}")
+    print(f"recipe: {printable(recipe)}, seed {training.seed}{''.join(f', {value}' for value in values)}")
+    state = "" if training.finished else " (unfinished: the training was stopped there)"
+    pairs = "" if training.num_pairs is None else f", from {training.num_pairs} pairs"
+    print(f"step: {training.step}{state}{pairs}")
+    for frozen in training.trained_with:
+        print(f"trained with: {_parent(frozen)}")
+
+
+def _parent(parent: "Parent") -> str:
+    return f"{parent.name} [{', '.join(parent.categories)}] {parent.short_hash}"
 
 
 def _range(values: list[float]) -> str:

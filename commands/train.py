@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from ..errors import InputError, SafetyExpertsError
+from ..typed import printable
 
 HELP = "train one LoRA safety expert from a preference dataset"
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.json:
         print(json.dumps({"expert": str(result.path), "steps": len(result.records), **result.records[-1]}))
     elif not result.stopped:
-        print(f"{result.path}: {len(result.records)} steps, {', '.join(result.expert.info['categories'])}")
+        print(f"{result.path}: {len(result.records)} steps, {', '.join(result.expert.categories)}")
     if result.stopped:
         raise SafetyExpertsError(
             f"stopped after {len(result.records)} of {recipe.steps} steps; {result.path} was saved as it is, "
@@ -115,15 +116,17 @@ def _repeat(arguments: argparse.Namespace, category: str | None):
 
     expert = load_expert(arguments.recipe_from)
     recipe, own_category = recipe_of_expert(expert, arguments.set)
-    frozen = [origin["name"] for origin in expert.info.get("trained_with", [])]
+    trained = expert.info.trained
+    assert trained  # else it has no recipe
+    frozen = [printable(parent.name) for parent in trained.trained_with]
     if len(frozen) != len(arguments.with_expert):
         wanted = " ".join(f"--with-expert {name}.safetensors" for name in frozen) or "no --with-expert"
         raise InputError(f"{arguments.recipe_from} was trained with {len(frozen)} experts in the model: give {wanted}")
     dataset = PreferenceDataset.open(arguments.dataset)
     differences = {
-        "dataset": dataset.fingerprint() != expert.info.get("dataset_fingerprint"),
-        "model": load_checkpoint(arguments.model).sha256 != expert.info.get("base_checkpoint", {}).get("sha256"),
-        "recipe": bool(arguments.set) or "resumed_with" in expert.info,
+        "dataset": dataset.fingerprint() != trained.dataset_fingerprint,
+        "model": load_checkpoint(arguments.model).sha256 != expert.info.base_checkpoint.sha256,
+        "recipe": bool(arguments.set) or bool(trained.resumed_with),
     }
     if different := [name for name, differs in differences.items() if differs]:
         logger.warning("the %s differs from what %s was trained with", " and the ".join(different), expert.name)

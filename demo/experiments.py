@@ -79,10 +79,11 @@ def trained(
     """
     path = work / f"{name}.safetensors"
     dataset = dataset or PreferenceDataset.open(work / "pairs")
-    wanted = {"recipe": recipe.model_dump(), "dataset_fingerprint": dataset.fingerprint()}
-    wanted["trained_with"] = [expert.origin() for expert in with_experts] or None
-    if path.exists() and all(load_expert(path).info.get(key) == value for key, value in wanted.items()):
-        return load_expert(path)
+    wanted = recipe.model_dump(mode="json"), dataset.fingerprint(), tuple(expert.as_parent() for expert in with_experts)
+    if path.exists() and (made := load_expert(path)).info.trained:
+        trained = made.info.trained
+        if (trained.recipe, trained.dataset_fingerprint, trained.trained_with) == wanted:
+            return made
     model = sampler()
     return train_expert(
         model.checkpoint_path,

@@ -1,7 +1,6 @@
-"""Rank blocks: which slice of each layer's rank belongs to which categories, so a merge keeps one dial a category.
+"""Rank blocks: which slice of each layer's rank belongs to which categories, so a merge keeps one strength a category.
 
-In the metadata `rank_blocks` is a list in rank order: `{"name", "categories", "rank", "layers"}`, where `rank` is the
-block's size in every layer but those that `layers` names with another one (0: the block is absent there).
+They are in the metadata in rank order (`info.RankBlockEntry`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from .expert import Expert, LoraLayer
+from .info import RankBlockEntry
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class RankBlock:
     categories: tuple[str, ...]
     ranks: dict[str, int] = field(repr=False)  # layer -> rank; layers without a share are left out
 
-    def to_json(self, layers: Sequence[str]) -> dict:
+    def entry(self, layers: Sequence[str]) -> RankBlockEntry:
         """Return the metadata entry for an expert with these layers."""
         sizes = [self.ranks.get(layer, 0) for layer in layers]
         usual = max(sorted(set(sizes)), key=sizes.count, default=0)
         others = {layer: size for layer, size in zip(layers, sizes, strict=True) if size != usual}
-        return {"name": self.name, "categories": list(self.categories), "rank": usual, "layers": others}
+        return RankBlockEntry(name=self.name, categories=self.categories, rank=usual, layers=others)
 
 
 def rank_blocks(expert: Expert) -> list[RankBlock]:
@@ -35,15 +35,15 @@ def rank_blocks(expert: Expert) -> list[RankBlock]:
     Raises:
         InputError: the blocks do not add up to the ranks of the layers.
     """
-    entries = expert.info.get("rank_blocks")
+    entries = expert.info.rank_blocks
     if entries is None:
         ranks = {name: layer.rank for name, layer in expert.layers.items()}
         return [RankBlock(expert.name, tuple(expert.categories), ranks)]
     blocks = []
     for entry in entries:
-        sizes = {name: entry["layers"].get(name, entry["rank"]) for name in expert.layers}
+        sizes = {name: entry.layers.get(name, entry.rank) for name in expert.layers}
         ranks = {name: size for name, size in sizes.items() if size}
-        blocks.append(RankBlock(entry["name"], tuple(entry["categories"]), ranks))
+        blocks.append(RankBlock(entry.name, entry.categories, ranks))
     for name, layer in expert.layers.items():
         total = sum(block.ranks.get(name, 0) for block in blocks)
         if total != layer.rank:
@@ -55,7 +55,7 @@ def rank_blocks(expert: Expert) -> list[RankBlock]:
 
 
 def known_categories(expert: Expert) -> list[str]:
-    """Return the categories that have a dial of their own or share one, in block order."""
+    """Return the categories that have a strength of their own or share one, in block order."""
     return list(dict.fromkeys(category for block in rank_blocks(expert) for category in block.categories))
 
 
@@ -95,6 +95,7 @@ def scale_categories(expert: Expert, strengths: Mapping[str, float], default: fl
         )
         up = layer.up.float() * columns.reshape(1, -1, *[1] * (layer.up.ndim - 2))
         layers[name] = LoraLayer(layer.down, up.to(layer.up.dtype), layer.alpha)
-    earlier = expert.info.get("category_strengths", {})
+    earlier = expert.info.category_strengths
     applied = {name: earlier.get(name, 1.0) * strengths.get(name, default) for name in known}
-    return replace(expert, layers=layers, info={**expert.info, "category_strengths": applied}, file_sha256=None)
+    info = expert.info.model_copy(update={"category_strengths": applied})
+    return replace(expert, layers=layers, info=info, file_sha256=None)

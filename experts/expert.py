@@ -1,7 +1,7 @@
 """An expert: one LoRA that turns a model away from some categories, with what is known about how it was made."""
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..tensor_file import tensor_bytes
-from .keys import read_lora_keys
+from .info import ExpertInfo, Parent, read_info
+from .keys import LoraParts, read_lora_keys
 
-METADATA_KEY = "safety_experts"
-FORMAT_VERSION = 1
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -60,29 +60,29 @@ class LoraLayer:
         return f"LoraLayer({list(self.weight_shape)}, rank {self.rank}, alpha {self.alpha:g})"
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Expert:
     """Layers by kohya module name (`lora_unet_…_attn1_to_q`), and the facts that travel in the file's metadata.
 
     Args:
         layers: what it changes.
-        info: the `safety_experts` metadata (categories, recipe, base checkpoint, …; for merges parents, method, …).
+        info: what is known of it (categories, base checkpoint, how it was made, …).
         name: for messages; usually the file's name without its ending.
         file_sha256: of the file it was read from, if there was one.
     """
 
     layers: Mapping[str, LoraLayer]
-    info: dict = field(default_factory=dict)
+    info: ExpertInfo = field(default_factory=ExpertInfo)
     name: str = "expert"
     file_sha256: str | None = None
 
     @property
     def categories(self) -> list[str]:
-        return list(self.info.get("categories", []))
+        return list(self.info.categories)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return kohya tensors: `<module>.lora_down.weight`, `.lora_up.weight`, `.alpha` (float32, [])."""
-        return {key: tensor for name, layer in self.layers.items() for key, tensor in _layer_tensors(name, layer)}
+        return {key: tensor for name, layer in self.layers.items() for key, tensor in layer_tensors(name, layer)}
 
     @classmethod
     def from_state_dict(
@@ -96,62 +96,78 @@ class Expert:
             name: named in errors.
 
         Raises:
-            InputError: keys match nothing known, a layer is incomplete, or the metadata is not ours to read.
+            InputError: keys match nothing known, a layer cannot be used, or the metadata is not ours to read.
         """
-        layers = {}
-        for module, parts in read_lora_keys(tensors, metadata or {}, name).items():
-            if parts.down.shape[0] != parts.up.shape[1]:
-                raise InputError(
-                    f"{name}: layer {module} has rank {parts.down.shape[0]} in its down part but {parts.up.shape[1]} "
-                    "in its up part; the file is damaged, use another copy"
-                )
-            layers[module] = LoraLayer(parts.down, parts.up, parts.alpha)
+        found = read_lora_keys(tensors, metadata or {}, name)
+        layers = {module: checked_layer(parts, module, name) for module, parts in found.items()}
         return cls(layers, read_info(metadata or {}, name), name)
 
     def tensors_sha256(self) -> str:
         """Return a hash of the layers alone: the same for every spelling, whatever the metadata says."""
         digest = hashlib.sha256()
         for name in sorted(self.layers, key=lambda name: f"{name}."):  # layer by layer, and as sorted keys would be
-            for key, tensor in sorted(_layer_tensors(name, self.layers[name])):
+            for key, tensor in sorted(layer_tensors(name, self.layers[name])):
                 digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
-    def origin(self) -> dict:
-        """Return how the metadata of what is made from this expert names it: name, hashes and categories."""
-        return {
-            "name": self.name,
-            "sha256": self.file_sha256,
-            "tensors_sha256": self.tensors_sha256(),
-            "categories": self.categories,
-        }
+    def as_parent(self, weight: float | None = None, tensors_sha256: str | None = None) -> Parent:
+        """Return how the metadata of what is made from this expert names it.
+
+        Args:
+            tensors_sha256: its own, where it was computed already; it takes a pass over all layers.
+        """
+        return Parent(
+            name=self.name,
+            sha256=self.file_sha256,
+            tensors_sha256=tensors_sha256 or self.tensors_sha256(),
+            categories=tuple(self.categories),
+            weight=weight,
+        )
 
     def __repr__(self) -> str:
         return f"Expert({self.name!r}, {len(self.layers)} layers, categories {self.categories})"
 
 
-def _layer_tensors(name: str, layer: LoraLayer) -> list[tuple[str, Tensor]]:
+def checked_layer(parts: LoraParts, module: str, source: str) -> LoraLayer:
+    """Return the parts of a layer in a file as a layer.
+
+    Raises:
+        InputError: what `layer_problem` finds.
+    """
+    layer = LoraLayer(parts.down, parts.up, parts.alpha)
+    if problem := layer_problem(layer):
+        raise InputError(f"{source}: layer {module} {problem}")
+    return layer
+
+
+def layer_problem(layer: LoraLayer) -> str | None:
+    """Return why a layer is no low-rank change that can be used, with what to do; None where it is one.
+
+    Tensors on the meta device are judged by type and shape alone.
+    """
+    down, up = layer.down, layer.up
+    damaged = "; the file is damaged, use another copy"
+    for tensor in (down, up):
+        if tensor.dtype not in _DTYPES:
+            return f"has the type {str(tensor.dtype).removeprefix('torch.')}; save it as F16 or F32"
+    if down.ndim not in (2, 4) or up.ndim < 2 or any(size != 1 for size in up.shape[2:]):
+        return f"has the shapes {list(down.shape)} and {list(up.shape)}, which are none of a LoRA{damaged}"
+    if down.shape[0] != up.shape[1]:
+        return f"has rank {down.shape[0]} in its down part but {up.shape[1]} in its up part{damaged}"
+    if not down.numel() or not up.numel():
+        return f"is empty: its shapes are {list(down.shape)} and {list(up.shape)}{damaged}"
+    if not math.isfinite(layer.alpha):
+        return f"has alpha {layer.alpha}, which is not finite{damaged}"
+    if any(not tensor.is_meta and not torch.isfinite(tensor).all() for tensor in (down, up)):
+        return "holds NaN or infinite numbers; use another copy, or train again with a lower learning rate or in fp32"
+    return None
+
+
+def layer_tensors(name: str, layer: LoraLayer) -> list[tuple[str, Tensor]]:
+    """Return the kohya keys and tensors of a layer."""
     return [
         (f"{name}.lora_down.weight", layer.down),
         (f"{name}.lora_up.weight", layer.up),
         (f"{name}.alpha", torch.tensor(layer.alpha, dtype=torch.float32)),
     ]
-
-
-def read_info(metadata: Mapping[str, str], name: str) -> dict:
-    """Return the `safety_experts` metadata, empty for other people's files.
-
-    Raises:
-        InputError: it is not JSON, or a newer version of this pack wrote it.
-    """
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        return {}
-    try:
-        info = json.loads(text)
-        version = info["format_version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{name}: metadata {METADATA_KEY!r} is damaged ({error}); use another copy") from error
-    if version != FORMAT_VERSION:
-        raise InputError(f"{name}: expert format {version!r}, this version reads {FORMAT_VERSION}; update the pack")
-    return info

@@ -1,26 +1,24 @@
 """Expert files: kohya LoRAs that stock loaders read, with the expert's facts in the metadata (design §4)."""
 
-import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from ..errors import SafetyExpertsError
 from ..files import sha256_of_file
 from ..tensor_file import TensorFile, read_tensors, write_tensors
-from .expert import FORMAT_VERSION, METADATA_KEY, Expert, LoraLayer
+from .expert import Expert, LoraLayer, checked_layer, layer_problem, layer_tensors
+from .info import METADATA_KEY
 from .keys import keys_by_layer, read_lora_keys, spell_for_loaders
-
-logger = logging.getLogger(__name__)
 
 # Model family -> kohya's base model version and modelspec's architecture.
 _FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
     "sd20": ("sd_v2", None),  # modelspec tells 512 from 768 pixels, we do not
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    "sd3": ("sd3", "stable-diffusion-3-medium/lora"),
+    "flux": ("flux1", "flux-1-dev/lora"),
 }
 
 
@@ -28,15 +26,16 @@ def save_expert(expert: Expert, path: str | os.PathLike) -> None:
     """Write an expert; the same expert gives the same bytes, and success means it was read back and compared.
 
     Raises:
-        SafetyExpertsError: a number is not finite, or the file could not be written; no file is left behind.
+        SafetyExpertsError: a layer is no usable low-rank change or there is none, or the file could not be written; no
+            file is left behind.
     """
+    if not expert.layers:
+        raise SafetyExpertsError(f"{path} was not written: the expert has no layers, so it would change nothing")
+    tensors = {}
     for name, layer in expert.layers.items():
-        if not (torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all()):
-            raise SafetyExpertsError(
-                f"{path} was not written: layer {name} holds NaN or infinite numbers; "
-                "train again with a lower learning rate or in fp32"
-            )
-    tensors = {spell_for_loaders(key): tensor for key, tensor in expert.state_dict().items()}
+        if problem := layer_problem(layer):
+            raise SafetyExpertsError(f"{path} was not written: layer {name} {problem}")
+        tensors |= {spell_for_loaders(key): tensor for key, tensor in layer_tensors(name, layer)}
     write_tensors(path, tensors, expert_metadata(expert))
 
 
@@ -48,9 +47,7 @@ def load_expert(path: str | os.PathLike) -> Expert:
     """
     tensors, metadata = read_tensors(path)
     expert = Expert.from_state_dict(tensors, metadata, str(path))
-    expert.name = Path(path).stem
-    expert.file_sha256 = sha256_of_file(path)
-    return expert
+    return replace(expert, name=Path(path).stem, file_sha256=sha256_of_file(path))
 
 
 class StreamedLayers(Mapping[str, LoraLayer]):
@@ -67,7 +64,7 @@ class StreamedLayers(Mapping[str, LoraLayer]):
     def __getitem__(self, name: str) -> LoraLayer:
         tensors = {key: self._file[key] for key in self._keys[name]}
         (parts,) = read_lora_keys(tensors, self._file.metadata, self._source).values()
-        return LoraLayer(parts.down, parts.up, parts.alpha)
+        return checked_layer(parts, name, self._source)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -80,7 +77,7 @@ def open_expert(path: str | os.PathLike) -> Expert:
     """Do as `load_expert`, but keep no layer in memory: each is read when it is asked for.
 
     Raises:
-        InputError: as `load_expert` does; layers are checked by their names and shapes.
+        InputError: as `load_expert` does; the numbers of a layer are checked when it is read.
     """
     file = TensorFile(path)
     outline = {key: file[key] if key.endswith(".alpha") else file.outline(key, "meta") for key in file}
@@ -93,23 +90,21 @@ def expert_metadata(expert: Expert) -> dict[str, str]:
 
     There is no time stamp in it: the same expert must give the same file.
     """
-    info = {**expert.info, "format_version": FORMAT_VERSION}
-    base = info.get("base_checkpoint") or {}
-    recipe = info.get("recipe") or {}
-    version, architecture = _FAMILIES.get(str(base.get("family")), (None, None))
+    base, trained = expert.info.base_checkpoint, expert.info.trained
+    version, architecture = _FAMILIES.get(base.family, (None, None))
     ranks = {layer.rank for layer in expert.layers.values()}
     alphas = {layer.alpha for layer in expert.layers.values()}
     optional = {
         "ss_base_model_version": version,
-        "ss_sd_model_name": base.get("name"),
-        "ss_new_sd_model_hash": base.get("sha256"),
-        "ss_seed": info.get("seed"),
-        "ss_steps": info.get("step"),
-        "ss_learning_rate": recipe.get("learning_rate"),
+        "ss_sd_model_name": base.name or None,
+        "ss_new_sd_model_hash": base.sha256 or None,
         "modelspec.architecture": architecture,
     }
+    if trained:
+        optional |= {"ss_seed": trained.seed, "ss_steps": trained.step}
+        optional |= {"ss_learning_rate": trained.recipe.get("learning_rate")}
     return {
-        METADATA_KEY: json.dumps(info, ensure_ascii=False, sort_keys=True, separators=(",", ":")),
+        METADATA_KEY: expert.info.to_json(),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",

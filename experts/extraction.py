@@ -10,6 +10,7 @@ import torch
 from ..errors import InputError
 from ..tensor_file import TensorFile
 from .expert import Expert, LoraLayer
+from .info import ExpertInfo, Extracted
 from .keys import layer_name
 from .truncation import truncate_dense
 
@@ -71,18 +72,15 @@ def extract_expert(
         raise InputError(f"{tuned_path} has the same UNet weights as {base_path}; give the fine-tuned model first")
     if num_left_out:
         logger.warning("%s: %d changed norms cannot be in a LoRA and are left out", tuned_path, num_left_out)
-    info = {
-        "categories": list(categories),
-        "extracted": {
-            "tuned": Path(tuned_path).name,
-            "base": Path(base_path).name,
-            "rank": rank,
-            "energy": energy,
-        },
-        "retained_energy": retained,
-        "num_left_out": num_left_out,
-    }
-    return Expert(layers, info, name)
+    origin = Extracted(
+        tuned=Path(tuned_path).name,
+        base=Path(base_path).name,
+        rank=rank,
+        energy=energy,
+        retained_energy=retained,
+        num_left_out=num_left_out,
+    )
+    return Expert(layers, ExpertInfo(categories=tuple(categories), origin=origin), name)
 
 
 def _open_weights(path: str | os.PathLike) -> tuple[TensorFile, dict[str, str]]:

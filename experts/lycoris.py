@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .expert import Expert, LoraLayer, read_info
+from .expert import Expert, LoraLayer, checked_layer
+from .info import Converted, read_info
 from .keys import has_second_encoder, layer_name, read_lora_keys
 from .truncation import Truncated, keep_leading, truncate_factors
 
@@ -43,7 +44,7 @@ def convert_lycoris(
     layers = {}
     if rest or not groups:
         for plain_name, plain in read_lora_keys(rest, metadata, name).items():
-            layers[plain_name] = LoraLayer(plain.down, plain.up, plain.alpha)
+            layers[plain_name] = checked_layer(plain, plain_name, name)
     two_encoders, retained = has_second_encoder(tensors), {}
     for path, parts in groups.items():
         module = layer_name(path, two_encoders)
@@ -56,8 +57,9 @@ def convert_lycoris(
         if truncated is not None:
             layers[module] = LoraLayer.from_matrices(truncated.up, truncated.down, shape)
             retained[module] = round(truncated.retained_energy, 6)
-    info = {**read_info(metadata, name), "converted": {"rank": rank, "energy": energy}, "retained_energy": retained}
-    return Expert(layers, info, name)
+    info = read_info(metadata, name)
+    origin = Converted(rank=rank, energy=energy, retained_energy=retained, before=info.origin)
+    return Expert(layers, info.model_copy(update={"origin": origin}), name)
 
 
 def _convert_loha(parts: Mapping[str, Tensor], module: str, rank: int, energy: float):

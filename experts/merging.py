@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from ..tensor_file import tensor_bytes
 from .blocks import RankBlock, rank_blocks
 from .expert import Expert, LoraLayer
+from .info import ExpertInfo, Merged
 from .merge_methods import METHODS, LayerTask, MergeMethod, Part
 
 logger = logging.getLogger(__name__)
@@ -91,14 +93,23 @@ def merge_experts(
             f"{method}: nothing is left of {', '.join(expert.name for expert in experts)}; they have no layers, or no "
             "layer was active on the calibration prompts"
         )
-    info = _merge_info(experts, expert_ids, method, chosen_weights, values)
-    if statistics is not None and entry.needs_statistics:
-        info["statistics_sha256"] = statistics_sha256(statistics)
+    counts_hash = statistics_sha256(statistics) if statistics is not None and entry.needs_statistics else None
+    origin = Merged(
+        method=method,
+        parameters=values,
+        parents=tuple(map(Expert.as_parent, experts, chosen_weights, expert_ids)),
+        statistics_sha256=counts_hash,
+        retained_energy=retained_energy,
+    )
+    blocks = None
     if kept_by_layer is not None:
-        blocks = _merged_blocks(experts, kept_by_layer)
-        info["rank_blocks"] = [block.to_json(list(layers)) for block in blocks]
-    if retained_energy:
-        info["retained_energy"] = retained_energy
+        blocks = tuple(block.entry(list(layers)) for block in _merged_blocks(experts, kept_by_layer))
+    info = ExpertInfo(
+        categories=tuple(dict.fromkeys(category for expert in experts for category in expert.categories)),
+        base_checkpoint=_common_base(experts),
+        origin=origin,
+        rank_blocks=blocks,
+    )
     return Expert(layers, info, name)
 
 
@@ -156,31 +167,15 @@ def _layer_counts(statistics: Mapping[str, Tensor], name: str, num_experts: int,
     return counts.to(up.device)
 
 
-def _merge_info(
-    experts: Sequence[Expert], expert_ids: Sequence[str], method: str, weights: Sequence[float], values: dict
-) -> dict:
-    bases = [expert.info.get("base_checkpoint") for expert in experts]
-    info = {
-        "categories": list(dict.fromkeys(category for expert in experts for category in expert.categories)),
-        "method": method,
-        "parameters": values,
-        "parents": [
-            {
-                "name": expert.name,
-                "sha256": expert.file_sha256,
-                "tensors_sha256": expert_id,
-                "categories": expert.categories,
-                "weight": weight,
-            }
-            for expert, expert_id, weight in zip(experts, expert_ids, weights, strict=True)
-        ],
-    }
-    known = [base for base in bases if base]
-    if any(base != known[0] for base in known):
-        logger.warning("the experts were trained on different models: %s", ", ".join(str(b.get("name")) for b in known))
+def _common_base(experts: Sequence[Expert]) -> CheckpointId:
+    """Return the model that all experts were trained on, an unknown one where they differ or not all say it."""
+    bases = [expert.info.base_checkpoint for expert in experts]
+    known = [base for base in bases if base != CheckpointId()]
+    if any(not base.is_same_model(known[0]) for base in known):
+        logger.warning("the experts were trained on different models: %s", ", ".join(base.name for base in known))
     elif len(known) == len(bases):
-        info["base_checkpoint"] = known[0]
-    return info
+        return known[0]
+    return CheckpointId()
 
 
 def _merged_blocks(experts: Sequence[Expert], kept_by_layer: Mapping[str, tuple[int, ...]]) -> list[RankBlock]:

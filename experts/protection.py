@@ -2,21 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .expert import Expert, LoraLayer
+from .info import Protected
 from .overlap import energy, factors, shared_layers, spaces
 
-METHOD = "protect"
 Space = Literal["output", "input", "both"]
 SPACES: tuple[Space, ...] = get_args(Space)
-
-# Of a style that is itself a merge: they describe how it was made, which its own file still says.
-_REPLACED_INFO = ("statistics_sha256", "category_strengths", "retained_energy")
 
 
 def protect(
@@ -50,7 +47,7 @@ def protect(
         on_layer: called with (layers done, layers in all).
 
     Returns:
-        The style with `method`, `parameters` and `parents` (the style first) in its info, so that it can be reproduced.
+        The style, with all that it takes to reproduce it in its info.
 
     Raises:
         InputError: no expert, a strength outside 0 … 1, or an expert and a style of different models.
@@ -73,12 +70,10 @@ def protect(
             )
         if on_layer:
             on_layer(done, len(style.layers))
-    info: dict[str, Any] = {key: value for key, value in style.info.items() if key not in _REPLACED_INFO}
-    info |= {
-        "method": METHOD,
-        "parameters": {"space": space, "strength": strength},
-        "parents": [expert.origin() for expert in (style, *experts)],
-    }
+    parents = tuple(expert.as_parent() for expert in (style, *experts))
+    origin = Protected(space=space, strength=strength, parents=parents, before=style.info.origin)
+    # The strengths describe how the style was made, which its own file still says.
+    info = style.info.model_copy(update={"origin": origin, "category_strengths": {}})
     return replace(style, layers=layers, info=info, name=name or f"{style.name}_protected", file_sha256=None)
 
 

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
+from ..files import is_plain_name
+from ..typed import printable
 from .blocks import scale_categories
 from .co_merge import load_statistics
 from .expert import Expert
 from .expert_file import load_expert, open_expert
+from .info import Merged, Protected
 from .merging import merge_experts, statistics_sha256
-from .protection import METHOD as PROTECT
 from .protection import protect
 
 
@@ -45,49 +48,58 @@ def reproduce_merge(
         InputError: not a merge, a parent is missing or has changed, or the statistics are missing or others.
     """
     recorded = load_expert(path)
-    if "parents" not in recorded.info:
-        raise InputError(f"{path} is no merge (its metadata names no parents); give a file written by `merge`")
-    experts = _find_parents(recorded, Path(path), parents)
-    info = recorded.info
-    statistics = None
-    if "statistics_sha256" in info:
-        if statistics_path is None:
-            raise InputError(f"{path} was merged by activation statistics; give the file with --statistics")
-        statistics = load_statistics(statistics_path, experts)
-        if statistics_sha256(statistics) != info["statistics_sha256"]:
-            raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
-    if info["method"] == PROTECT:
-        again = protect(experts[0], experts[1:], **info["parameters"], on_layer=on_layer)
-    else:
+    origin = recorded.info.origin
+    if isinstance(origin, Merged):
+        experts = _find_parents(origin, Path(path), parents)
         again = merge_experts(
             experts,
-            info["method"],
-            weights=[parent["weight"] for parent in info["parents"]],
-            parameters=info["parameters"],
-            statistics=statistics,
+            origin.method,
+            weights=[1.0 if parent.weight is None else parent.weight for parent in origin.parents],
+            parameters=origin.parameters,
+            statistics=_find_statistics(origin, Path(path), statistics_path, experts),
             on_layer=on_layer,
         )
-    if strengths := info.get("category_strengths"):
+    elif isinstance(origin, Protected):
+        style, *experts = _find_parents(origin, Path(path), parents)
+        again = protect(style, experts, space=origin.space, strength=origin.strength, on_layer=on_layer)
+    else:
+        raise InputError(f"{path} is no merge (its metadata names no parents); give a file written by `merge`")
+    if strengths := recorded.info.category_strengths:
         again = scale_categories(again, strengths)
     return _compare(recorded, again)
 
 
-def _find_parents(recorded: Expert, path: Path, given: Sequence[str | os.PathLike]) -> list[Expert]:
-    beside = [path.parent / f"{parent['name']}.safetensors" for parent in recorded.info["parents"]]
+def _find_parents(origin: Merged | Protected, path: Path, given: Sequence[str | os.PathLike]) -> list[Expert]:
+    # A file says what it was made from; it must not choose what is opened on this machine.
+    names = [parent.name for parent in origin.parents if is_plain_name(parent.name)]
+    beside = [path.parent / f"{name}.safetensors" for name in names]
     candidates = [open_expert(file) for file in (*given, *(file for file in beside if file.is_file()))]
     by_content = {expert.tensors_sha256(): expert for expert in candidates}
     experts = []
-    for parent in recorded.info["parents"]:
-        expert = by_content.get(parent["tensors_sha256"])
+    for parent in origin.parents:
+        expert = by_content.get(parent.tensors_sha256)
         if expert is None:
-            same_name = any(candidate.name == parent["name"] for candidate in candidates)
+            same_name = any(candidate.name == parent.name for candidate in candidates)
             problem = "has changed since" if same_name else "is missing"
             raise InputError(
-                f"{path}: its parent {parent['name']} (sha256 {str(parent['sha256'])[:12]}) {problem}; "
+                f"{path}: its parent {printable(parent.name, 100)} (sha256 {parent.short_hash}) {problem}; "
                 "give its file as a further argument"
             )
         experts.append(expert)
     return experts
+
+
+def _find_statistics(
+    origin: Merged, path: Path, statistics_path: str | os.PathLike | None, experts: Sequence[Expert]
+) -> dict[str, Tensor] | None:
+    if origin.statistics_sha256 is None:
+        return None
+    if statistics_path is None:
+        raise InputError(f"{path} was merged by activation statistics; give the file with --statistics")
+    statistics = load_statistics(statistics_path, experts)
+    if statistics_sha256(statistics) != origin.statistics_sha256:
+        raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
+    return statistics
 
 
 def _compare(recorded: Expert, again: Expert) -> Reproduction:

@@ -130,10 +130,8 @@ def _match_layers(expert: Expert, model, clip) -> dict:
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
     missing = [name for name in expert.layers if name not in keys]
-    base = expert.info.get("base_checkpoint") or {}
-    trained_for = (
-        f"was trained for {base.get('name')} ({base.get('family')})" if base else "does not name its base model"
-    )
+    base = expert.info.base_checkpoint
+    trained_for = f"was trained for {base.name} ({base.family})" if base.name else "does not name its base model"
     if missing:
         raise InputError(
             f"{expert.name} does not fit this model: {len(missing)} of {len(expert.layers)} layers are not in it, "

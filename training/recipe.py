@@ -27,6 +27,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    name: str = Field("", max_length=200, description="For people and for the file's metadata; the recipe's file name.")
     objective: Annotated[
         dict[ObjectiveName, float], BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)
     ] = Field(
@@ -169,7 +170,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
-    return make_recipe(values | _parse_overrides(overrides), source=str(name_or_path))
+    return make_recipe({"name": path.stem} | values | _parse_overrides(overrides), source=str(name_or_path))
 
 
 def recipe_of_expert(expert: Expert, overrides: Sequence[str] = ()) -> tuple[Recipe, str | None]:
@@ -178,13 +179,13 @@ def recipe_of_expert(expert: Expert, overrides: Sequence[str] = ()) -> tuple[Rec
     Raises:
         InputError: it holds none, because it was merged, extracted or made elsewhere.
     """
-    values = expert.info.get("recipe")
-    if not isinstance(values, dict):
+    trained = expert.info.trained
+    if trained is None:
         raise InputError(
             f"{expert.name} holds no recipe: give an expert that `train` made, not a merged or a plain LoRA"
         )
-    categories = expert.info.get("categories", [])
-    recipe = make_recipe(values | _parse_overrides(overrides), source=f"of {expert.name}")
+    categories = expert.categories
+    recipe = make_recipe(trained.recipe | _parse_overrides(overrides), source=f"of {expert.name}")
     return recipe, categories[0] if len(categories) == 1 else None
 
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # What a run that ran out of memory, or whose loss was no number, may change to go on.
 CHANGEABLE = {
+    "name",
     "batch_size",
     "accumulation_steps",
     "gradient_checkpointing",

@@ -4,15 +4,18 @@ The reference of the preference objective is the same UNet with the LoRA off; im
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..checkpoint_id import CheckpointId
 from ..errors import SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.expert_file import save_expert
+from ..experts.info import ExpertInfo, Trained
 from ..files import remove_leftovers
 from ..models.checkpoint import Checkpoint, load_checkpoint
 from ..preferences.dataset import PreferenceDataset
@@ -123,9 +126,7 @@ def train_expert(
 
     with processes.main_first():
         cache = encode_dataset(dataset, pairs, checkpoint, recipe, target_device, dtype, encoded)
-    info = _describe(checkpoint, dataset, pairs, recipe, category)
-    if with_experts:
-        info["trained_with"] = [expert.origin() for expert in with_experts]
+    info = _describe(checkpoint, dataset, pairs, recipe, category, with_experts)
     model, denoiser = load_policy(checkpoint, recipe, with_experts, target_device, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
     held_out = HeldOut(set_aside, cache, recipe, target_device) if set_aside else None
@@ -133,8 +134,7 @@ def train_expert(
     bank = open_bank(cache, recipe, with_experts, dtype, processes)
     run = TrainingRun(model, denoiser, plan, recipe, target_device, processes, held_out, bank)
     state_path = resume_path(out_path)
-    identity = {key: info[key] for key in ("recipe", "dataset_fingerprint", "base_checkpoint", "categories")}
-    identity["trained_with"] = info.get("trained_with")
+    identity = _identity(info)
     if resume:
         restore_state(run, state_path, identity)
     drawer = None
@@ -175,7 +175,7 @@ def train_expert(
 
     if run.stop_reason:
         logger.info("training ended at step %d of %d: %s", run.step, recipe.steps, run.stop_reason)
-    expert = _expert_of(run, run.finish(), info, Path(out_path))
+    expert = _expert_of(run, run.finish(), info, Path(out_path), is_finished=not stopped)
     if processes.is_main:
         save_expert(expert, out_path)
         if not stopped:
@@ -183,32 +183,48 @@ def train_expert(
     return TrainResult(expert, Path(out_path), run.records, stopped)
 
 
-def _expert_of(run: TrainingRun, step: int, info: dict, path: Path) -> Expert:
+def _expert_of(run: TrainingRun, step: int, info: ExpertInfo, path: Path, *, is_finished: bool) -> Expert:
     """Return what the UNet carries as an expert of `step`."""
-    metrics = {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items()}
-    changes = {"resumed_with": run.changes} if run.changes else {}
-    info = {**info, "step": step, "metrics": metrics, **changes}
-    return Expert(layers=read_layers(run.model, run.recipe.lora_alpha), info=info, name=path.stem)
+    metrics = {name: round(value, 6) for name, value in run.records[max(step, 1) - 1].items() if math.isfinite(value)}
+    assert info.trained
+    changes = {"step": step, "metrics": metrics, "resumed_with": tuple(run.changes), "finished": is_finished}
+    info = info.model_copy(update={"origin": info.trained.model_copy(update=changes)})
+    return Expert(read_layers(run.model, run.recipe.lora_alpha), info, path.stem)
 
 
-def _rescue(run: TrainingRun, state_path: Path, identity: dict, info: dict, out_path: Path) -> str:
+def _rescue(run: TrainingRun, state_path: Path, identity: dict, info: ExpertInfo, out_path: Path) -> str:
     """Save what there is after a step that failed, and return what that is in words."""
     if not run.step:
         return "nothing was trained yet"
     save_state(run, state_path, identity)
     kept = f"the state of step {run.step} is kept in {state_path.name}, from which resume goes on"
     if step := run.rescue():
-        save_expert(_expert_of(run, step, info, out_path), out_path)
+        save_expert(_expert_of(run, step, info, out_path, is_finished=False), out_path)
         kept += f", and the expert of step {step} was saved as {out_path.name}"
     return kept
 
 
-def _describe(checkpoint: Checkpoint, dataset, pairs, recipe, category) -> dict:
+def _describe(checkpoint: Checkpoint, dataset, pairs, recipe, category, with_experts) -> ExpertInfo:
+    trained = Trained(
+        recipe=recipe.model_dump(mode="json"),
+        dataset_fingerprint=dataset.fingerprint(),
+        num_pairs=len(pairs),
+        seed=recipe.seed,
+        trained_with=tuple(expert.as_parent() for expert in with_experts),
+    )
+    categories = [category] if category else sorted({name for pair in pairs for name in pair.categories})
+    base = CheckpointId(name=checkpoint.name, sha256=checkpoint.sha256, family=checkpoint.family)
+    return ExpertInfo(categories=tuple(categories), base_checkpoint=base, origin=trained)
+
+
+def _identity(info: ExpertInfo) -> dict:
+    """Return what a resumed run must agree with, as JSON values."""
+    trained = info.trained
+    assert trained
     return {
-        "categories": [category] if category else sorted({name for pair in pairs for name in pair.categories}),
-        "recipe": recipe.model_dump(),
-        "dataset_fingerprint": dataset.fingerprint(),
-        "num_pairs": len(pairs),
-        "base_checkpoint": {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family},
-        "seed": recipe.seed,
+        "recipe": trained.recipe,
+        "dataset_fingerprint": trained.dataset_fingerprint,
+        "base_checkpoint": info.base_checkpoint.model_dump(),
+        "categories": list(info.categories),
+        "trained_with": [parent.model_dump(mode="json", exclude_none=True) for parent in trained.trained_with] or None,
     }

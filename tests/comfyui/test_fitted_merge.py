@@ -42,15 +42,15 @@ def test_strengths_are_fitted_in_the_graph_and_saved(server, checkpoint, attenti
     server.check_log()
     (path,) = (server.base_directory / "output" / "loras").glob("fitted_*.safetensors")
     fitted = load_expert(path)
-    weights = [parent["weight"] for parent in fitted.info["parents"]]
-    assert fitted.info["method"] == "fitted"
+    weights = [parent.weight for parent in fitted.info.parents]
+    assert fitted.info.origin.method == "fitted"
     assert all(abs(weight - 1) > 0.01 for weight in weights)  # both random experts hurt, and both were trained
-    assert [block["categories"] for block in fitted.info["rank_blocks"]] == [["violence"], ["hate"]]
+    assert [block.categories for block in fitted.info.rank_blocks] == [("violence",), ("hate",)]
 
     graph, image = merge(weights="0.5, 0.25")
     graphs.draw(server, graph, image)
     paths = sorted((server.base_directory / "output" / "loras").glob("fitted_*.safetensors"))
-    assert [parent["weight"] for parent in load_expert(paths[-1]).info["parents"]] == [0.5, 0.25]
+    assert [parent.weight for parent in load_expert(paths[-1]).info.parents] == [0.5, 0.25]
 
     graph, _ = merge(method__checkpoint="gone.safetensors")
     with pytest.raises(SafetyExpertsError, match="gone"):

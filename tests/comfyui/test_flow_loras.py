@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import merge_experts
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.training.lora import adapter_off, attach_lora, lora_parameters, read_layers
@@ -33,7 +34,7 @@ def denoiser_with_expert(path, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for parameter in lora_parameters(denoiser.model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return denoiser, Expert(read_layers(denoiser.model, recipe.lora_alpha), {}, "expert")
+    return denoiser, Expert(read_layers(denoiser.model, recipe.lora_alpha), ExpertInfo(), "expert")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name, layer_name
 from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.models.checkpoint import load_checkpoint
@@ -83,7 +84,7 @@ def make_expert(seed: int, rank: int, alpha: float, category: str, shapes: dict)
         down = torch.randn(rank, *inner, generator=generator)
         up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator)
         layers[name] = LoraLayer(down, up, alpha)
-    return Expert(layers, {"categories": [category]}, category)
+    return Expert(layers, ExpertInfo(categories=[category]), category)
 
 
 def merge(method: str, shapes: dict) -> Expert:

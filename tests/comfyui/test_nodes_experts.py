@@ -8,6 +8,7 @@ from graphs import Graph, save_random_expert
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
 
@@ -137,7 +138,7 @@ def diffusers_file(server, checkpoint) -> str:
         for path, module in unet.named_modules()
         if hasattr(module, "lora_A")
     }
-    save_expert(Expert(layers, {}), folder / "kohya.safetensors")
+    save_expert(Expert(layers, ExpertInfo()), folder / "kohya.safetensors")
     return "kohya"
 
 

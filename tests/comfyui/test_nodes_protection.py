@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.overlap import overlap
 from safety_experts.experts.protection import protect
@@ -30,7 +31,7 @@ def names(server) -> dict[str, str]:
     keys = {f"base_model.model.{PATH}.lora_A.weight": style.down, f"base_model.model.{PATH}.lora_B.weight": style.up}
     save_file(keys, folder / "style.safetensors")
     for seed, category in ((2, "hate"), (3, "violence")):
-        expert = Expert({kohya_name(PATH): _layer(seed)}, {"categories": [category]}, category)
+        expert = Expert({kohya_name(PATH): _layer(seed)}, ExpertInfo(categories=[category]), category)
         save_expert(expert, folder / f"{category}.safetensors")
     save_expert(Expert({"lora_unet_elsewhere": _layer(4)}), folder / "elsewhere.safetensors")
     return {name: f"protection/{name}.safetensors" for name in ("style", "hate", "violence", "elsewhere")}

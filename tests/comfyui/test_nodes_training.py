@@ -70,7 +70,7 @@ def test_a_trained_expert_loads_in_the_stock_loaders_with_every_key(server, chec
     server.check_log()
     expert = load_expert(_expert_path(server, name))
     assert expert.categories == ["violence"]
-    assert expert.info["base_checkpoint"]["name"] == checkpoint
+    assert expert.info.base_checkpoint.name == checkpoint
     curve = json.loads(outputs[losses]["text"][0])["loss"]
     assert len(curve) == 3
     assert curve[0] == pytest.approx(math.log(2), abs=1e-5)
@@ -111,12 +111,12 @@ def test_cancel_saves_the_expert_and_resuming_gives_the_uninterrupted_one(server
     straight, _ = _train(dataset, "straight", steps=steps)
     server.run(straight)
 
-    assert 3 <= saved.info["step"] < steps
+    assert 3 <= saved.info.trained.step < steps
     assert "cancelled_00001_" in server.log_text()
     experts = [
         load_expert(_expert_path(server, f"{name}_.safetensors")) for name in ("cancelled_00002", "straight_00001")
     ]
-    assert experts[0].info["step"] == steps
+    assert experts[0].info.trained.step == steps
     assert experts[0].tensors_sha256() == experts[1].tensors_sha256()
 
 
@@ -204,7 +204,7 @@ def test_two_processes_train_what_one_trains_and_report_it_in_the_graph(server, 
         assert Image.open(io.BytesIO(previews[-1])).size == (768, 384)
     assert (True, 3, 3) in seen
     assert curves[0] == pytest.approx(curves[1], rel=1e-3) and len(curves[1]) == 3
-    assert experts[0].info["recipe"] == experts[1].info["recipe"]
+    assert experts[0].info.trained.recipe == experts[1].info.trained.recipe
     assert _without_rounding(*experts)
 
 
@@ -220,7 +220,7 @@ def test_cancel_stops_several_processes_and_saves(server, dataset):
         server.wait(server.queue(graph), on_progress=cancel_after_a_few_steps)
 
     expert = load_expert(_expert_path(server, "halted_00001_.safetensors"))
-    assert 3 <= expert.info["step"] < steps
+    assert 3 <= expert.info.trained.step < steps
     assert _expert_path(server, "halted_00001_.resume").exists()
 
 

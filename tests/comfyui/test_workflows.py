@@ -29,10 +29,10 @@ def test_the_workflows_write_pairs_experts_and_pictures(demo):
     assert (base / "datasets/recorded_pairs/metadata.jsonl").read_text().count("\n") == 1
     for category in CATEGORIES:
         expert = load_expert(result.experts[category])
-        assert expert.categories == [category] and expert.info["num_pairs"] == 8
+        assert expert.categories == [category] and expert.info.trained.num_pairs == 8
     for model in ("weighted sum", "row Co-Merge"):
         merged = load_expert(result.experts[model])
-        assert set(merged.categories) == set(CATEGORIES) and len(merged.info["parents"]) == 2
+        assert set(merged.categories) == set(CATEGORIES) and len(merged.info.parents) == 2
     for side, count in (("before", 4), ("after", 8)):  # the second merge found its "before" in ComfyUI's cache
         pictures = sorted((base / "output").glob(f"{side}_*.png"))
         assert len(pictures) == count

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.info import ExpertInfo
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -20,7 +21,7 @@ def make_expert():
             down = torch.randn(rank, *inner, generator=generator).to(dtype)
             up = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator).to(dtype)
             made[name] = LoraLayer(down, up, float(rank if alpha is None else alpha))
-        return Expert(made, {"categories": list(categories)}, f"expert_{seed}")
+        return Expert(made, ExpertInfo(categories=list(categories)), f"expert_{seed}")
 
     return make
 

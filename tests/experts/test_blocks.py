@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from safety_experts.errors import InputError
 from safety_experts.experts.blocks import known_categories, rank_blocks, scale_categories
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.info import ExpertInfo, RankBlockEntry
 from safety_experts.experts.merging import merge_experts
 
 
@@ -31,15 +34,15 @@ def test_worked_number_of_two_blocks():
     """B = [[1, 2]], A = I, blocks of rank 1 each: strengths 3 and 0.5 give ΔW = [[3, 1]]."""
     layer = LoraLayer(torch.eye(2), torch.tensor([[1.0, 2.0]]), 2.0)
     blocks = [
-        {"name": "a", "categories": ["hate"], "rank": 1, "layers": {}},
-        {"name": "b", "categories": ["sexual"], "rank": 1, "layers": {}},
+        RankBlockEntry(name="a", categories=("hate",), rank=1),
+        RankBlockEntry(name="b", categories=("sexual",), rank=1),
     ]
-    expert = Expert({"lora_unet_x": layer}, {"categories": ["hate", "sexual"], "rank_blocks": blocks})
+    expert = Expert({"lora_unet_x": layer}, ExpertInfo(categories=("hate", "sexual"), rank_blocks=blocks))
     scaled = scale_categories(expert, {"hate": 3.0, "sexual": 0.5})
     assert scaled.layers["lora_unet_x"].delta().tolist() == [[3.0, 1.0]]
-    assert scaled.info["category_strengths"] == {"hate": 3.0, "sexual": 0.5}
+    assert scaled.info.category_strengths == {"hate": 3.0, "sexual": 0.5}
     again = scale_categories(scaled, {"hate": 2.0})
-    assert again.info["category_strengths"] == {"hate": 6.0, "sexual": 0.5}
+    assert again.info.category_strengths == {"hate": 6.0, "sexual": 0.5}
 
 
 def test_unknown_category_is_named_with_the_known_ones(make_expert):
@@ -48,7 +51,7 @@ def test_unknown_category_is_named_with_the_known_ones(make_expert):
 
 
 def test_blocks_that_do_not_add_up_are_refused(make_expert):
-    expert = make_expert(rank=4)
-    expert.info["rank_blocks"] = [{"name": "a", "categories": [], "rank": 3, "layers": {}}]
+    blocks = (RankBlockEntry(name="a", rank=3),)
+    expert = replace(make_expert(rank=4), info=ExpertInfo(rank_blocks=blocks))
     with pytest.raises(InputError, match=r"rank blocks add up to 3 in layer lora_unet.* whose rank is 4"):
         rank_blocks(expert)

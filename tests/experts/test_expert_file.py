@@ -1,28 +1,28 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safety_experts import tensor_file
+from safety_experts.checkpoint_id import CheckpointId
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import FORMAT_VERSION, ExpertInfo, Trained
 from safety_experts.files import sha256_of_file
 
-INFO = {
-    "categories": ["violence"],
-    "recipe": {"learning_rate": 0.001},
-    "base_checkpoint": {"name": "toy", "sha256": "ab" * 32, "family": "sd15"},
-    "seed": 7,
-    "step": 60,
-}
+INFO = ExpertInfo(
+    categories=("violence",),
+    base_checkpoint=CheckpointId(name="toy", sha256="ab" * 32, family="sd15"),
+    origin=Trained(recipe={"learning_rate": 0.001}, seed=7, step=60),
+)
 
 
 def test_save_load_save_gives_the_same_bytes(make_expert, tmp_path):
     expert = make_expert(rank=4, alpha=2.5)
-    expert.info = INFO
-    expert.name = "first"
+    expert = replace(expert, info=INFO, name="first")
     save_expert(expert, tmp_path / "first.safetensors")
     loaded = load_expert(tmp_path / "first.safetensors")
     save_expert(loaded, tmp_path / "again.safetensors")
@@ -52,8 +52,7 @@ def test_the_safetensors_library_reads_the_same_tensors(make_expert, tmp_path):
 
 
 def test_metadata_names_network_base_model_and_origin(make_expert, tmp_path):
-    expert = make_expert(rank=4, alpha=2.0)
-    expert.info = INFO
+    expert = replace(make_expert(rank=4, alpha=2.0), info=INFO)
     save_expert(expert, tmp_path / "e.safetensors")
     with safe_open(tmp_path / "e.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -62,7 +61,8 @@ def test_metadata_names_network_base_model_and_origin(make_expert, tmp_path):
     assert metadata["ss_base_model_version"] == "sd_v1"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert metadata["ss_seed"] == "7"
-    assert json.loads(metadata["safety_experts"]) == {**INFO, "format_version": 1}
+    written = json.loads(metadata["safety_experts"])
+    assert written.pop("format_version") == FORMAT_VERSION and ExpertInfo.model_validate(written) == INFO
 
 
 def test_other_peoples_loras_load_without_categories(make_expert, tmp_path):
@@ -89,7 +89,7 @@ def test_errors_name_the_file_and_the_remedy(make_expert, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 99}', "format 99, this version reads 1")],
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"format_version": 99}', "format 99, this version reads 1 and 2")],
 )
 def test_metadata_that_is_not_ours_to_read(make_expert, tmp_path, text, message):
     save_file(make_expert().state_dict(), tmp_path / "e.safetensors", metadata={"safety_experts": text})
@@ -126,7 +126,7 @@ def test_repr_is_short_and_shows_no_numbers(make_expert):
 
 def test_sdxl_vector_embedding_is_written_the_way_every_loader_reads_it(tmp_path):
     layer = LoraLayer(torch.ones(2, 6), torch.ones(4, 2), 2.0)
-    expert = Expert({"lora_unet_add_embedding_linear_1": layer}, {}, "sdxl")
+    expert = Expert({"lora_unet_add_embedding_linear_1": layer}, ExpertInfo(), "sdxl")
     save_expert(expert, tmp_path / "sdxl.safetensors")
     assert "lora_unet_label_emb_0_0.alpha" in load_file(tmp_path / "sdxl.safetensors")
     assert load_expert(tmp_path / "sdxl.safetensors").tensors_sha256() == expert.tensors_sha256()

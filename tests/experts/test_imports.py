@@ -24,7 +24,7 @@ def converted(layer_name, parts, rank=1000, energy=1.0):
     tensors = {f"{layer_name}.{part}": tensor for part, tensor in parts.items()}
     expert = convert_lycoris(tensors, {}, "file", rank=rank, energy=energy)
     assert list(expert.layers) == [layer_name]
-    return expert.layers[layer_name], expert.info["retained_energy"][layer_name]
+    return expert.layers[layer_name], expert.info.retained_energy[layer_name]
 
 
 def relative(found, expected):
@@ -171,11 +171,11 @@ def test_extraction_finds_the_low_rank_change(tmp_path, native):
     assert list(expert.layers) == [NAME, "lora_unet_mid_block_resnets_1_conv2"]
     assert relative(expert.layers[NAME].delta(), attention) < 1e-5
     assert relative(expert.layers["lora_unet_mid_block_resnets_1_conv2"].delta(), convolution) < 1e-5
-    assert expert.info["retained_energy"][NAME] == pytest.approx(1.0, abs=1e-5)
-    assert expert.info["num_left_out"] == (0 if native else 1)  # norms are matched only under one spelling
+    assert expert.info.retained_energy[NAME] == pytest.approx(1.0, abs=1e-5)
+    assert expert.info.origin.num_left_out == (0 if native else 1)  # norms are matched only under one spelling
     smaller = extract_expert(tuned, base, rank=1)
     s = torch.linalg.svdvals(attention)
-    assert smaller.info["retained_energy"][NAME] == pytest.approx(float(s[0] ** 2 / s.square().sum()), abs=1e-5)
+    assert smaller.info.retained_energy[NAME] == pytest.approx(float(s[0] ** 2 / s.square().sum()), abs=1e-5)
 
 
 def test_extract_command_and_its_errors(tmp_path, capsys):
@@ -231,4 +231,4 @@ def test_extraction_from_the_toy_checkpoint_is_the_best_approximation_of_a_full_
         assert expert.layers[name].weight_shape == tuple(change.shape)
         assert relative(expert.layers[name].delta(), best) < 1e-3
         kept = float(s[:16].square().sum() / s.square().sum())
-        assert expert.info["retained_energy"][name] == pytest.approx(kept, abs=1e-5)
+        assert expert.info.retained_energy[name] == pytest.approx(kept, abs=1e-5)

@@ -72,7 +72,7 @@ def test_inspect_prints_a_merge(files, tmp_path, capsys):
         "both: 1 layers, rank 8, alpha 8",
         "categories: violence, hate",
         "0.5 x hate [hate]",
-        "dial: violence (1 layers)",
+        "strength: violence (1 layers)",
         "knows the spelling of 3 of 3 keys",
     ):
         assert expected in text

@@ -82,7 +82,7 @@ def test_svd_is_the_best_approximation_and_says_what_it_kept(experts, name, rank
     u, s, vh = np.linalg.svd(sum(dense_matrices(experts, name)), full_matrices=False)
     assert_close(merged_matrix(merged, name), (u[:, :rank] * s[:rank]) @ vh[:rank])
     assert merged.layers[name].rank == rank
-    assert merged.info["retained_energy"][name] == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-6)
+    assert merged.info.retained_energy[name] == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum(), abs=1e-6)
 
 
 def test_svd_by_energy_takes_the_fewest_ranks_that_hold_it(experts):
@@ -100,7 +100,7 @@ def test_svd_without_a_limit_loses_nothing_and_drops_empty_ranks(experts):
     merged = merge_experts([experts[0], experts[0]], "svd")
     assert merged.layers[LINEAR].rank == 4  # twice the same expert has no more rank than one
     assert_close(merged_matrix(merged, LINEAR), 2 * dense_matrices(experts[:1], LINEAR)[0])
-    assert merged.info["retained_energy"][LINEAR] == 1.0
+    assert merged.info.retained_energy[LINEAR] == 1.0
 
 
 @pytest.mark.parametrize("name", [LINEAR, CROSS, CONV])
@@ -317,7 +317,7 @@ def test_truncation_of_dense_methods_is_close_to_optimal_for_large_layers():
     s = torch.linalg.svdvals(full)
     best = s[12:].norm()
     assert (small.layers["lora_unet_x"].delta() - full).norm() <= 1.01 * best
-    assert small.info["retained_energy"]["lora_unet_x"] == pytest.approx(float(1 - (best / s.norm()) ** 2), abs=1e-3)
+    assert small.info.retained_energy["lora_unet_x"] == pytest.approx(float(1 - (best / s.norm()) ** 2), abs=1e-3)
 
 
 # Settings at which nothing is dropped, so that one expert must come back unchanged.

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from safety_experts.checkpoint_id import CheckpointId
 from safety_experts.errors import InputError
 from safety_experts.experts.blocks import rank_blocks, scale_categories
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import METHODS, merge_experts
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -134,23 +138,24 @@ def test_blocks_of_merged_parents_are_kept(make_expert, tmp_path):
 
 def test_the_merge_says_where_it_comes_from(make_expert, tmp_path):
     experts = three_experts(make_expert)[:2]
+    toy = CheckpointId(name="toy", sha256="1", family="sd15")
     for expert in experts:
-        expert.info["base_checkpoint"] = {"name": "toy", "sha256": "1", "family": "sd15"}
-        save_expert(expert, tmp_path / f"{expert.name}.safetensors")
+        info = expert.info.model_copy(update={"base_checkpoint": toy})
+        save_expert(replace(expert, info=info), tmp_path / f"{expert.name}.safetensors")
     loaded = [load_expert(tmp_path / f"{expert.name}.safetensors") for expert in experts]
     info = merge_experts(loaded, "linear", weights=[1.0, 0.25]).info
-    assert info["categories"] == ["violence", "hate", "harassment"]
-    assert info["method"] == "linear"
-    assert info["base_checkpoint"]["name"] == "toy"
-    assert [(parent["name"], parent["weight"]) for parent in info["parents"]] == [("expert_1", 1.0), ("expert_2", 0.25)]
-    assert info["parents"][0]["sha256"] == loaded[0].file_sha256
+    assert info.categories == ("violence", "hate", "harassment")
+    assert info.origin.method == "linear"
+    assert info.base_checkpoint == toy
+    assert [(parent.name, parent.weight) for parent in info.parents] == [("expert_1", 1.0), ("expert_2", 0.25)]
+    assert info.parents[0].sha256 == loaded[0].file_sha256
 
 
 def test_experts_of_different_models_are_merged_with_a_warning(make_expert, caplog):
     experts = [make_expert(1), make_expert(2)]
-    for expert, name in zip(experts, ("one", "two"), strict=True):
-        expert.info["base_checkpoint"] = {"name": name}
-    assert "base_checkpoint" not in merge_experts(experts, "linear").info
+    infos = [ExpertInfo(base_checkpoint=CheckpointId(name=name, sha256=name)) for name in ("one", "two")]
+    experts = [replace(expert, info=info) for expert, info in zip(experts, infos, strict=True)]
+    assert merge_experts(experts, "linear").info.base_checkpoint == CheckpointId()
     assert "trained on different models: one, two" in caplog.text
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import merge_experts
 
 NAME = "lora_unet_x"
@@ -24,7 +25,7 @@ def adapters():
         layer = model.base_model.model[0]
         torch.nn.init.normal_(layer.lora_B[str(number)].weight)
         down, up = layer.lora_A[str(number)].weight.detach(), layer.lora_B[str(number)].weight.detach()
-        experts.append(Expert({NAME: LoraLayer(down, up, 6.0)}, {}, str(number)))
+        experts.append(Expert({NAME: LoraLayer(down, up, 6.0)}, ExpertInfo(), str(number)))
     return model, experts
 
 

@@ -38,9 +38,7 @@ def test_protect_writes_a_style_without_overlap_that_can_be_reproduced(files, tm
         assert overlap(expert, protected)[LINEAR].written_share < 1e-12
     sizes = [lora.layers[LINEAR].delta().norm() ** 2 for lora in (before, protected)]
     assert report["kept_energy"] == pytest.approx(float(sizes[1] / sizes[0]), abs=1e-5)
-    assert [parent["sha256"] for parent in protected.info["parents"]] == [
-        load_expert(path).file_sha256 for path in files
-    ]
+    assert [parent.sha256 for parent in protected.info.parents] == [load_expert(path).file_sha256 for path in files]
     assert reproduce_merge(out).is_identical
     assert run(["inspect", str(out)]) == 0
     text = capsys.readouterr().out

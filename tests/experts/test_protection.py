@@ -1,5 +1,7 @@
 """Overlap and protection against worked numbers and a dense float64 oracle that knows nothing of factors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safety_experts.errors import InputError
@@ -161,13 +163,12 @@ def test_a_copy_of_the_expert_is_removed_altogether(make_expert):
 
 def test_the_result_names_its_parents_and_the_report_the_layers(make_expert):
     style, expert = make_expert(2, categories=()), make_expert(1)
-    style.file_sha256 = "ab" * 32
+    style = replace(style, file_sha256="ab" * 32)
     protected = protect(style, [expert], space="both", strength=0.5)
 
     assert protected.name == "expert_2_protected" and protected.file_sha256 is None
-    assert protected.info["method"] == "protect"
-    assert protected.info["parameters"] == {"space": "both", "strength": 0.5}
-    assert [(parent["name"], parent["sha256"]) for parent in protected.info["parents"]] == [
+    assert (protected.info.origin.space, protected.info.origin.strength) == ("both", 0.5)
+    assert [(parent.name, parent.sha256) for parent in protected.info.parents] == [
         ("expert_2", "ab" * 32),
         ("expert_1", None),
     ]

@@ -10,6 +10,7 @@ from safety_experts.commands import run
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, open_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import merge_experts
 from safety_experts.tensor_file import TensorFile
 
@@ -99,7 +100,7 @@ def large_files(tmp_path):
             for n in range(16)
         }
         paths.append(tmp_path / f"expert_{seed}.safetensors")
-        save_expert(Expert(layers, {"categories": [f"own {seed}"]}), paths[-1])
+        save_expert(Expert(layers, ExpertInfo(categories=[f"own {seed}"])), paths[-1])
     return paths
 
 

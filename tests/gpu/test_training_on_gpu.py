@@ -4,6 +4,7 @@ import pytest
 import torch
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import METHODS, merge_experts
 from small_training import SmallTraining
 
@@ -64,7 +65,7 @@ def test_every_merge_gives_what_the_cpu_gives(method):
         }
         for _ in range(2)
     ]
-    experts = [Expert(layer, {"categories": [name]}, name) for layer, name in zip(layers, "ab", strict=True)]
+    experts = [Expert(layer, ExpertInfo(categories=[name]), name) for layer, name in zip(layers, "ab", strict=True)]
     counts = {"lora_unet_x": torch.randint(1, 99, (2, 32), generator=generator)}
     merged = [
         merge_experts(experts, method, weights=[1.0, 0.5], statistics=counts, device=device)

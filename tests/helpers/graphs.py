@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safety_experts.checkpoint_id import CheckpointId
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.preferences.categories import CATEGORIES
 
 SIZE_PX = 64
@@ -123,7 +125,8 @@ def save_random_expert(
         )
         for key, (out, width) in shapes.items()
     }
-    info = {"categories": categories, "base_checkpoint": {"name": "base.safetensors", "family": "sd15"}}
+    base = CheckpointId(name="base.safetensors", family="sd15")
+    info = ExpertInfo(categories=categories, base_checkpoint=base)
     save_expert(Expert(layers, info, path.stem), path)
 
 

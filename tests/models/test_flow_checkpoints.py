@@ -306,7 +306,7 @@ def test_an_expert_is_trained_and_loads_in_stock_loaders(single, dataset, tokeni
     still = [name for name, layer in expert.layers.items() if not layer.up.any()]
     # The text stream's queries of SD3's last block lead nowhere.
     assert still == (["lora_transformer_transformer_blocks_1_attn_add_q_proj"] if family == "sd3" else [])
-    assert expert.info["base_checkpoint"]["family"] == family
+    assert expert.info.base_checkpoint.family == family
     assert all(comfyui_matches(key) for key in read_tensors(result.path)[0])
 
 

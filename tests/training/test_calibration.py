@@ -8,6 +8,7 @@ from safety_experts.errors import InputError
 from safety_experts.experts.co_merge import load_statistics
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
 from safety_experts.models.denoiser import UNetDenoiser
@@ -62,7 +63,7 @@ def experts(denoiser):
             for path, module in denoiser.model.named_modules()
             if path.endswith(("attn1.to_q", "attn2.to_k"))
         }
-        made.append(Expert(layers, {}, f"expert_{seed}"))
+        made.append(Expert(layers, ExpertInfo(), f"expert_{seed}"))
     return made
 
 

@@ -96,7 +96,7 @@ def test_after_a_failure_the_remedy_may_be_followed_and_the_expert_says_so(small
         small.train(out, "steps=6", *remedy, "rank=3", resume=True)
     result = small.train(out, "steps=6", *remedy, resume=True)
     assert len(result.records) == 6
-    (change,) = load_expert(out).info["resumed_with"]
+    (change,) = load_expert(out).info.trained.resumed_with
     assert change == {
         "step": 3,
         "recipe": {"batch_size": 1, "accumulation_steps": 2, "gradient_checkpointing": True},
@@ -127,15 +127,15 @@ def test_a_bad_loss_saves_the_best_expert_there_was(small, fail_at, tmp_path):
     losses = [record.metrics["eval/loss"] for record in seen if record.metrics]
     assert len(losses) == 5 and min(losses) < math.log(2)
     best = load_expert(out)
-    assert best.info["step"] == 1 + losses.index(min(losses))
-    assert f"the expert of step {best.info['step']} was saved as a.safetensors" in str(caught.value)
+    assert best.info.trained.step == 1 + losses.index(min(losses))
+    assert f"the expert of step {best.info.trained.step} was saved as a.safetensors" in str(caught.value)
 
 
 def test_a_bad_loss_saves_the_averaged_expert(small, fail_at, tmp_path):
     fail_at(3, "nan")
     with pytest.raises(SafetyExpertsError, match=r"the expert of step 2 was saved as a\.safetensors"):
         small.train(tmp_path / "a.safetensors", "steps=6", "ema_decay=0.5")
-    assert load_expert(tmp_path / "a.safetensors").info["step"] == 2
+    assert load_expert(tmp_path / "a.safetensors").info.trained.step == 2
 
 
 @pytest.fixture
@@ -203,6 +203,6 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_file(small, tmp_path):
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("error: stopped after ") and "--resume goes on" in errors
     assert lines[-1]["stage"] == "done" and lines[-1]["stopped"] and 2 <= len(lines[-1]["records"]) < 60
-    assert load_expert(out).info["step"] == len(lines[-1]["records"]) and resume_path(out).exists()
+    assert load_expert(out).info.trained.step == len(lines[-1]["records"]) and resume_path(out).exists()
     assert run_command([*small.command(out, *overrides), "--resume"]) == 0
     assert out.read_bytes() == straight

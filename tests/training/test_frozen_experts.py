@@ -10,6 +10,7 @@ from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
@@ -38,7 +39,7 @@ def make_expert(unet: torch.nn.Module, name: str, size: float = 0.1) -> Expert:
         for path, module in unet.named_modules()
         if path.endswith(("to_q", "to_v"))
     }
-    return Expert(layers, {"categories": ["violence"]}, name)
+    return Expert(layers, ExpertInfo(categories=["violence"]), name)
 
 
 def test_add_frozen_changes_the_weights_by_the_delta_and_no_others():
@@ -115,7 +116,7 @@ def test_a_style_is_trained_apart_from_the_expert_unless_told(dataset, checkpoin
     assert losses["aligned"] == pytest.approx(denoising_error(checkpoint, dataset, expert), rel=1e-4)
     assert abs(losses["aligned"] / losses["detached"] - 1) > 0.01
     aligned, detached = (load_expert(tmp_path / f"{name}.safetensors") for name in ("aligned", "detached"))
-    assert aligned.info["trained_with"] == [expert.origin()] and "trained_with" not in detached.info
+    assert aligned.info.trained.trained_with == (expert.as_parent(),) and detached.info.trained.trained_with == ()
     assert run(["inspect", str(tmp_path / "aligned.safetensors")]) == 0
     assert f"trained with: violence ({expert.file_sha256[:12]})" in capsys.readouterr().out
     assert set(aligned.layers) > set(expert.layers)  # a LoRA of its own, the expert is not in it

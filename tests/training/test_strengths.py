@@ -8,6 +8,7 @@ from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
 from safety_experts.models.checkpoint import load_checkpoint
@@ -32,7 +33,7 @@ def make_expert(unet, seed: int, rank: int, size: float = 0.3, endings=("to_q", 
         for path, module in unet.named_modules()
         if path.endswith(endings)
     }
-    return Expert(layers, {"categories": [f"category {seed}"]}, f"expert {seed}")
+    return Expert(layers, ExpertInfo(categories=[f"category {seed}"]), f"expert {seed}")
 
 
 def test_the_model_computes_what_the_weighted_sum_computes():
@@ -113,7 +114,7 @@ def test_the_command_fits_writes_and_the_merge_says_its_weights(small, tmp_path,
     assert run_command([*command, *fit, "--tokenizer", str(small.tokenizer), "--device", "cpu", "--json"]) == 0
     weights = json.loads(capsys.readouterr().out.splitlines()[-1])["weights"]
     merged = load_expert(out)
-    assert [parent["weight"] for parent in merged.info["parents"]] == weights != [1.0, 1.0]
+    assert [parent.weight for parent in merged.info.parents] == weights != [1.0, 1.0]
     assert run_command(["reproduce", str(out)]) == 0
     linear = merge_experts([load_expert(path) for path in paths], "linear", weights=weights)
     assert merged.tensors_sha256() == linear.tensors_sha256()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
+from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
@@ -55,9 +57,9 @@ def expert_path(dataset, tmp_path_factory):
 def test_the_command_trains_from_another_directory_and_the_file_says_how(expert_path, dataset):
     expert = load_expert(expert_path)
     assert len(expert.layers) == 3 * 8
-    assert expert.info["dataset_fingerprint"] == dataset.fingerprint()
-    assert expert.info["recipe"]["steps"] == expert.info["step"] == 4
-    assert expert.info["base_checkpoint"]["family"] == "sd15"
+    assert expert.info.trained.dataset_fingerprint == dataset.fingerprint()
+    assert expert.info.trained.recipe["steps"] == expert.info.trained.step == 4
+    assert expert.info.base_checkpoint.family == "sd15"
 
 
 def test_the_command_does_not_overwrite_unless_told(expert_path, dataset):
@@ -83,7 +85,7 @@ def test_a_stopped_run_saves_and_its_resumption_equals_an_uninterrupted_run(expe
     out = tmp_path / "violence.safetensors"
     seen = []
     stopped = train(dataset, out, on_step=seen.append, should_stop=lambda: len([r for r in seen if r.metrics]) >= 2)
-    assert stopped.stopped and load_expert(out).info["step"] == 2 and resume_path(out).exists()
+    assert stopped.stopped and load_expert(out).info.trained.step == 2 and resume_path(out).exists()
     finished = train(dataset, out, resume=True)
     assert not finished.stopped and not resume_path(out).exists()
     assert out.read_bytes() == expert_path.read_bytes()
@@ -114,13 +116,12 @@ def test_recipe_from_repeats_the_run_byte_by_byte(expert_path, dataset, tmp_path
 def test_recipe_from_keeps_the_category_and_refuses_a_file_without_a_recipe(expert_path):
     expert = load_expert(expert_path)
     recipe, category = recipe_of_expert(expert, ["steps=9"])
-    assert recipe.model_dump() == expert.info["recipe"] | {"steps": 9}
+    assert recipe.model_dump() == expert.info.trained.recipe | {"steps": 9}
     assert category == "violence"
-    expert.info["categories"] = ["hate", "violence"]
-    assert recipe_of_expert(expert)[1] is None
-    del expert.info["recipe"]
+    of_two = expert.info.model_copy(update={"categories": ("hate", "violence")})
+    assert recipe_of_expert(replace(expert, info=of_two))[1] is None
     with pytest.raises(InputError, match="violence holds no recipe"):
-        recipe_of_expert(expert)
+        recipe_of_expert(replace(expert, info=ExpertInfo()))
 
 
 def test_diffusers_loads_the_expert_with_every_key_matched_and_predicts_the_same(expert_path):
