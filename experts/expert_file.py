@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from ..errors import SafetyExpertsError
 from ..files import sha256_of_file
 from ..tensor_file import TensorFile, read_tensors, write_tensors
@@ -31,7 +33,7 @@ def save_expert(expert: Expert, path: str | os.PathLike) -> None:
     """
     if not expert.layers:
         raise SafetyExpertsError(f"{path} was not written: the expert has no layers, so it would change nothing")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in expert.layers.items():
         if problem := layer_problem(layer):
             raise SafetyExpertsError(f"{path} was not written: layer {name} {problem}")

@@ -27,7 +27,6 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field("", max_length=200, description="For people and for the file's metadata; the recipe's file name.")
     objective: Annotated[
         dict[ObjectiveName, float], BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)
     ] = Field(
@@ -131,6 +130,7 @@ class Recipe(BaseModel):
     compile: bool = Field(False, description="torch.compile the model: minutes at the start, then faster steps.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random draw.")
+    name: str = Field("", max_length=200, description="For people and for the file's metadata; the recipe's file name.")
 
     @model_validator(mode="after")
     def _check_timesteps(self) -> "Recipe":

@@ -42,7 +42,7 @@ def test_protect_writes_a_style_without_overlap_that_can_be_reproduced(files, tm
     assert reproduce_merge(out).is_identical
     assert run(["inspect", str(out)]) == 0
     text = capsys.readouterr().out
-    assert "merged by: protect (space output, strength 1.0)" in text and "\n  violence [violence] " in text
+    assert "protected: style [] " in text and "\n  violence [violence] " in text
 
 
 def test_protecting_a_protected_merge_still_reproduces(files, tmp_path):

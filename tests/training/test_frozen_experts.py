@@ -118,5 +118,5 @@ def test_a_style_is_trained_apart_from_the_expert_unless_told(dataset, checkpoin
     aligned, detached = (load_expert(tmp_path / f"{name}.safetensors") for name in ("aligned", "detached"))
     assert aligned.info.trained.trained_with == (expert.as_parent(),) and detached.info.trained.trained_with == ()
     assert run(["inspect", str(tmp_path / "aligned.safetensors")]) == 0
-    assert f"trained with: violence ({expert.file_sha256[:12]})" in capsys.readouterr().out
+    assert f"trained with: violence [violence] {expert.file_sha256[:12]}" in capsys.readouterr().out
     assert set(aligned.layers) > set(expert.layers)  # a LoRA of its own, the expert is not in it
