@@ -19,8 +19,8 @@ _FAMILIES: dict[str, tuple[str | None, str | None]] = {
     "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
     "sd20": ("sd_v2", None),  # modelspec tells 512 from 768 pixels, we do not
     "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
-    "sd3": ("sd3", "stable-diffusion-3-medium/lora"),
-    "flux": ("flux1", "flux-1-dev/lora"),
+    "sd3": ("sd3", "stable-diffusion-3/lora"),
+    "flux": ("flux1", "flux-1/lora"),  # dev and schnell have one shape
 }
 
 

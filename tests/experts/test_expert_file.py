@@ -9,7 +9,7 @@ from safety_experts import tensor_file
 from safety_experts.checkpoint_id import CheckpointId
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
-from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.expert_file import expert_metadata, load_expert, save_expert
 from safety_experts.experts.info import FORMAT_VERSION, ExpertInfo, Trained
 from safety_experts.files import sha256_of_file
 
@@ -63,6 +63,12 @@ def test_metadata_names_network_base_model_and_origin(make_expert, tmp_path):
     assert metadata["ss_seed"] == "7"
     written = json.loads(metadata["safety_experts"])
     assert written.pop("format_version") == FORMAT_VERSION and ExpertInfo.model_validate(written) == INFO
+
+
+@pytest.mark.parametrize(("family", "architecture"), [("sd3", "stable-diffusion-3/lora"), ("flux", "flux-1/lora")])
+def test_transformers_carry_their_architecture(make_expert, family, architecture):
+    info = ExpertInfo(base_checkpoint=CheckpointId(name="toy", family=family))
+    assert expert_metadata(replace(make_expert(), info=info))["modelspec.architecture"] == architecture
 
 
 def test_other_peoples_loras_load_without_categories(make_expert, tmp_path):
