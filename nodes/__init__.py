@@ -8,11 +8,15 @@ from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
 from .protection import SafetyExpertsProtect
+from .reviewing import SafetyExpertsReviewDataset, register_review_page
 from .training import SafetyExpertsRecipe, SafetyExpertsTrain
 
 
 class SafetyExpertsExtension(ComfyExtension):
     """The pack, as ComfyUI loads it."""
+
+    async def on_load(self) -> None:
+        register_review_page()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -20,6 +24,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsGeneratePairs,
             SafetyExpertsRecordPair,
             SafetyExpertsLoadDataset,
+            SafetyExpertsReviewDataset,
             SafetyExpertsRecipe,
             SafetyExpertsTrain,
             SafetyExpertsLoad,

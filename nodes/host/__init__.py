@@ -1,7 +1,7 @@
 """ComfyUI's folders, device and progress as the library wants them; every path of a workflow is checked here."""
 
 from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder
-from .datasets import dataset_folder, dataset_names, dataset_state
+from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
 from .file_state import file_state
@@ -17,6 +17,7 @@ __all__ = [
     "checkpoint_path",
     "clip_tokenizer_folder",
     "dataset_folder",
+    "dataset_name",
     "dataset_names",
     "dataset_state",
     "expert_name",

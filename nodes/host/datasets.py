@@ -36,6 +36,14 @@ def dataset_folder(name: str) -> Path:
     return next((folder for folder in folders if (folder / "dataset.json").is_file()), folders[0])
 
 
+def dataset_name(folder: Path) -> str | None:
+    """Return how a dataset's folder is called in the dataset folders, or None outside them; undoes `dataset_folder`."""
+    for root in folder_paths.get_folder_paths("datasets"):
+        if folder.resolve().is_relative_to(Path(root).resolve()):
+            return folder.resolve().relative_to(Path(root).resolve()).as_posix()
+    return None
+
+
 def dataset_state(name: str) -> str:
     """Return a value that changes whenever a dataset's pairs change on disk; cheap, nothing is read."""
     try:

@@ -347,9 +347,11 @@ async function start() {
     return;
   }
   byId("dataset").replaceChildren(...names.map(name => new Option(name, name)));
-  const wanted = names.includes(query.get("dataset")) ? query.get("dataset") : names[0];
-  if (wanted === undefined) {
-    say("There is no preference dataset yet: make one with Generate Preference Pairs.");
+  const wanted = query.get("dataset") ?? names[0];
+  if (!names.includes(wanted)) {
+    byId("dataset").value = "";
+    const missing = wanted === undefined ? "There is no preference dataset yet" : `There is no dataset ${wanted} yet`;
+    say(`${missing}: make one with Generate Preference Pairs, then reload this page.`);
     return;
   }
   byId("dataset").value = wanted;
