@@ -331,6 +331,7 @@ async function open(page, dataset, pairId) {
 }
 
 const page = new Page();
+window.reviewPage = page; // for the browser's console and the tests
 
 async function start() {
   const query = new URLSearchParams(location.search);
