@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..checkpoint_id import CheckpointId
 from ..experts.expert import Expert
 from ..models.checkpoint import load_checkpoint
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
@@ -85,7 +86,7 @@ class ToySampler:
 
         Pairs that are already there are kept, so an interrupted call goes on.
         """
-        base = {key: getattr(self._checkpoint, key) for key in ("name", "sha256", "family")}
+        base = CheckpointId(name=self._checkpoint.name, sha256=self._checkpoint.sha256, family=self._checkpoint.family)
         dataset = PreferenceDataset.create(folder, DatasetInfo(base, {"steps": STEPS, "cfg": CFG}, "toy world", ""))
         prompt_pairs = expand_taxonomy(taxonomy(list(categories), pairs_per_category))
         missing = [pair for pair in prompt_pairs if pair.id not in dataset.ids]

@@ -21,7 +21,7 @@ def find(choice: str, dataset: PreferenceDataset) -> Path:
 
 def _base_of(dataset: PreferenceDataset) -> Path:
     """Return the path of the checkpoint that drew the dataset, if it is still the same file."""
-    name = dataset.info.base_checkpoint.get("name", "")
+    name = dataset.info.base_checkpoint.name
     try:
         path = host.checkpoint_path(name)
     except InputError as error:
@@ -29,7 +29,7 @@ def _base_of(dataset: PreferenceDataset) -> Path:
             f"the checkpoint that drew the dataset, {name!r}, is not in ComfyUI's checkpoints folders: "
             "put it there or choose one in `checkpoint`"
         ) from error
-    if host.base_checkpoint(name)["sha256"] != dataset.info.base_checkpoint.get("sha256"):
+    if not host.base_checkpoint(name).is_same_model(dataset.info.base_checkpoint):
         raise SafetyExpertsError(
             f"{name} is no longer the file that drew the dataset: choose it in `checkpoint` to train on it all the same"
         )

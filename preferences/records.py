@@ -10,8 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 
+from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from ..files import open_plain, refuse_link
+from ..typed import read_record
 from .categories import canonical_categories
 from .prompt_pair import check_seed, check_text, parse_json_line
 
@@ -124,7 +126,7 @@ class DatasetInfo:
     """How all images of a dataset were made.
 
     Args:
-        base_checkpoint: {name, sha256, family} of the model that drew them; {} when they were not drawn here.
+        base_checkpoint: the model that drew them, also as a mapping of its fields; empty when they were not drawn here.
         sampler: its settings, as JSON values; {} likewise.
         prompt_source: where the prompts came from.
         licence_note: what the licence of prompts and images asks for.
@@ -132,32 +134,36 @@ class DatasetInfo:
 
     __pydantic_config__: ClassVar = _RECORD_CONFIG
 
-    base_checkpoint: dict[str, Any]
+    base_checkpoint: CheckpointId
     sampler: dict[str, Any]
     prompt_source: str = ""
     licence_note: str = ""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.base_checkpoint, Mapping):
+            base = read_record(CheckpointId, self.base_checkpoint, "base_checkpoint")
+            object.__setattr__(self, "base_checkpoint", base)
+
     def to_json(self) -> str:
         """Return the text of dataset.json."""
-        return (
-            json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(self), indent=2, ensure_ascii=False)
-            + "\n"
-        )
+        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        values["base_checkpoint"] = self.base_checkpoint.model_dump(mode="json")
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     def difference(self, other: "DatasetInfo") -> str | None:
         """Say in one line which checkpoint or sampler setting differs from `other`'s, or None.
 
-        A checkpoint is its sha256: a renamed file is the same one.
+        A checkpoint is its hash: a renamed file is the same one.
         """
-        mine, theirs = (json.loads(info.to_json()) for info in (self, other))
-        fields = [("base_checkpoint", "sha256")]
-        fields += [("sampler", name) for name in dict.fromkeys([*mine["sampler"], *theirs["sampler"]])]
-        for group, name in fields:
-            ours, others = mine[group].get(name), theirs[group].get(name)
+        if not self.base_checkpoint.is_same_model(other.base_checkpoint):
+            return "base_checkpoint.sha256 is another one in the dataset than here"
+        mine, theirs = (json.loads(info.to_json())["sampler"] for info in (self, other))
+        for name in dict.fromkeys([*mine, *theirs]):
+            ours, others = mine.get(name), theirs.get(name)
             if ours != others:
                 if isinstance(ours, str) or isinstance(others, str):  # a negative prompt is nobody's business
-                    return f"{group}.{name} is another one in the dataset than here"
-                return f"{group}.{name} is {others!r} in the dataset and {ours!r} here"
+                    return f"sampler.{name} is another one in the dataset than here"
+                return f"sampler.{name} is {others!r} in the dataset and {ours!r} here"
         return None
 
 

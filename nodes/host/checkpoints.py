@@ -5,6 +5,7 @@ from pathlib import Path
 import comfy.utils
 import folder_paths
 
+from ...checkpoint_id import CheckpointId
 from ...errors import InputError
 from ...models.checkpoint import load_checkpoint
 
@@ -30,11 +31,11 @@ def checkpoint_path(name: str) -> Path:
     return Path(path)
 
 
-def base_checkpoint(name: str) -> dict[str, str]:
+def base_checkpoint(name: str) -> CheckpointId:
     """Return what a dataset records of the checkpoint that drew it: name, sha256 and family.
 
     Raises:
         InputError: there is no such checkpoint, or it is of a family that cannot be trained.
     """
     checkpoint = load_checkpoint(checkpoint_path(name), tokenizer_folder=clip_tokenizer_folder())
-    return {"name": name, "sha256": checkpoint.sha256, "family": checkpoint.family}
+    return CheckpointId(name=name, sha256=checkpoint.sha256, family=checkpoint.family)

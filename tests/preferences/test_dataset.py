@@ -34,7 +34,8 @@ def test_an_added_pair_is_stored_with_exactly_the_fields_of_the_format(dataset):
         {},
     )
     stored = json.loads((dataset.folder / "dataset.json").read_text())
-    assert stored == {"format_version": 1} | dataclasses.asdict(dataset.info)
+    asked = dataclasses.asdict(dataset.info) | {"base_checkpoint": dataset.info.base_checkpoint.model_dump()}
+    assert stored == {"format_version": 1} | asked
 
 
 def test_an_opened_dataset_equals_the_one_that_was_written(dataset):
@@ -72,9 +73,8 @@ def test_hf_datasets_reads_the_folder(dataset, make_pair, draw, tmp_path):
 
 
 def test_create_opens_what_is_there_when_the_settings_agree(dataset):
-    renamed = dataclasses.replace(
-        dataset.info, base_checkpoint=dataset.info.base_checkpoint | {"name": "other.safetensors"}
-    )
+    other_name = dataset.info.base_checkpoint.model_copy(update={"name": "other.safetensors"})
+    renamed = dataclasses.replace(dataset.info, base_checkpoint=other_name)
     again = PreferenceDataset.create(dataset.folder, dataclasses.replace(renamed, prompt_source="elsewhere"))
     assert again.ids == dataset.ids
     assert again.info == dataset.info
