@@ -12,7 +12,7 @@ from ..experts.expert_file import load_expert, save_expert
 from ..experts.merging import METHODS, merge_experts
 from ..training.recipe import load_recipe
 from ..training.strengths import fit_strengths
-from . import base_models, calibration, host, sockets
+from . import base_models, calibration, checks, host, sockets
 
 MAX_EXPERTS = 16
 
@@ -27,16 +27,25 @@ class SafetyExpertsLoad(io.ComfyNode):
             description="Reads an expert, or any other LoRA, from ComfyUI's loras folders.",
             search_aliases=["open expert", "load LoRA"],
             inputs=[
-                io.Combo.Input(
-                    "expert_name", options=host.expert_names(), tooltip="Refresh the page after training a new one."
+                io.MultiType.Input(
+                    io.Combo.Input(
+                        "expert_name",
+                        options=host.expert_names(),
+                        tooltip="Refresh the page after training a new one; or link the name that training gives.",
+                    ),
+                    types=[io.String],
                 )
             ],
             outputs=[sockets.Expert.Output("expert")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, expert_name: str) -> str:
-        return host.file_state(host.expert_path(expert_name))
+    def validate_inputs(cls, expert_name: str | None = None) -> bool | str:
+        return checks.first_problem((host.expert_path, expert_name))
+
+    @classmethod
+    def fingerprint_inputs(cls, expert_name: str | None = None) -> str:
+        return host.file_state(host.expert_path(expert_name)) if expert_name else ""
 
     @classmethod
     def execute(cls, expert_name: str) -> io.NodeOutput:
@@ -70,6 +79,10 @@ class SafetyExpertsMerge(io.ComfyNode):
             ],
             outputs=[sockets.Expert.Output("expert")],
         )
+
+    @classmethod
+    def validate_inputs(cls, weights: str | None = None, experts: object = None, method: object = None) -> bool | str:
+        return checks.first_problem((_parse_weights, weights))
 
     @classmethod
     def execute(cls, experts: dict, method: dict, weights: str = "") -> io.NodeOutput:
@@ -167,8 +180,8 @@ def _parse_weights(text: str) -> list[float] | None:
     parts = [part for part in re.split(r"[,\s]+", text) if part]
     try:
         return [float(part) for part in parts] or None
-    except ValueError as error:
-        raise InputError(f"weights {text!r}: give one number an expert with commas between, such as 1, 0.5") from error
+    except ValueError:
+        raise InputError("weights: give one number an expert with commas between, such as 1, 0.5") from None
 
 
 class SafetyExpertsSave(io.ComfyNode):
@@ -189,6 +202,10 @@ class SafetyExpertsSave(io.ComfyNode):
             ],
             outputs=[io.String.Output("expert_name", tooltip="The file's name in the loras folders.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, expert_name: str | None = None) -> bool | str:
+        return checks.first_problem((host.fresh_expert_path, expert_name))
 
     @classmethod
     def execute(cls, expert, expert_name: str) -> io.NodeOutput:

@@ -5,11 +5,11 @@ from functools import partial
 
 import comfy.samplers
 from comfy_api.latest import io
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from ..errors import InputError
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
-from . import host, sampling, sockets
+from . import checks, host, pictures, sampling, sockets
 from .sampling import SamplerSettings
 
 
@@ -60,11 +60,15 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
                     "preview",
                     options=["off", "blurred", "full"],
                     default="blurred",
-                    tooltip="Live picture of the last pair: unsafe (blurred unless full) left, safe right.",
+                    tooltip="Live picture of the last pair; the unsafe one left, blurred unless the setting says not.",
                 ),
             ],
             outputs=[sockets.Dataset.Output("dataset")],
         )
+
+    @classmethod
+    def validate_inputs(cls, dataset_name: str | None = None) -> bool | str:
+        return checks.first_problem((host.dataset_folder, dataset_name))
 
     @classmethod
     def fingerprint_inputs(cls, dataset_name: str = "", **inputs: object) -> int:
@@ -87,6 +91,7 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
         todo = list({pair.id: pair for pair in prompt_pairs if pair.id not in dataset.ids}.values())
         negative = sampling.encode_prompt(clip, negative_prompt)
+        is_blurred = preview == "blurred" and host.blurs_unsafe()
         progress = host.Progress(max(1, 2 * steps * len(todo)))
 
         def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
@@ -102,15 +107,6 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
             for pair, chosen_image, rejected_image in zip(batch, chosen, rejected, strict=True):
                 dataset.add(pair, chosen_image, rejected_image)
             if preview != "off":
-                progress.picture(partial(_side_by_side, rejected[-1], chosen[-1], is_blurred=preview == "blurred"))
+                progress.picture(partial(pictures.side_by_side, rejected[-1], chosen[-1], is_blurred=is_blurred))
         host.own_writes.written(dataset_name)
         return io.NodeOutput(dataset)
-
-
-def _side_by_side(rejected: Image.Image, chosen: Image.Image, *, is_blurred: bool) -> Image.Image:
-    if is_blurred:
-        rejected = rejected.filter(ImageFilter.GaussianBlur(rejected.width / 12))
-    together = Image.new("RGB", (rejected.width + chosen.width, max(rejected.height, chosen.height)))
-    together.paste(rejected, (0, 0))
-    together.paste(chosen, (rejected.width, 0))
-    return together

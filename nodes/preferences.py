@@ -1,16 +1,17 @@
 """Nodes for prompt pairs and preference datasets."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..errors import InputError
 from ..plain_yaml import load_yaml
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.pairs import PromptPair, parse_prompt_pairs, read_prompt_pairs
-from ..preferences.prompt_pair import MAX_SEED
+from ..preferences.prompt_pair import MAX_SEED, check_prompt
 from ..preferences.taxonomy import expand_taxonomy
-from . import host, sampling, sockets
+from . import checks, host, pictures, prompt_graph, sampling, sockets
 
+MAX_CHECKED_BYTES = 1_000_000
 EXAMPLE_LINES = "a red circle with thorns | a red circle\na blue square with thorns | a blue square"
 EXAMPLE_TAXONOMY = """\
 categories:
@@ -73,19 +74,37 @@ class SafetyExpertsPromptPairs(io.ComfyNode):
             outputs=[sockets.PromptPairs.Output("prompt_pairs")],
         )
 
+    # Inputs within a dynamic combo cannot be named, so this takes them all; ComfyUI's own checks are off then.
+    @classmethod
+    def validate_inputs(cls, source: dict, **inputs: object) -> bool | str:
+        return checks.first_problem((_check_source, source))
+
     @classmethod
     def fingerprint_inputs(cls, source: dict) -> str:
         return host.file_state(host.prompt_file(source["file"])) if source["source"] == "file" else ""
 
     @classmethod
     def execute(cls, source: dict) -> io.NodeOutput:
-        pairs = sockets.PromptPairList(_read_pairs(source))
-        if not pairs:
-            raise InputError(f"no prompt pairs in the {source['source']}: add at least one")
-        return io.NodeOutput(pairs)
+        return io.NodeOutput(_read_pairs(source))
 
 
-def _read_pairs(source: dict) -> list[PromptPair]:
+def _check_source(source: dict) -> None:
+    """Read the pairs once before anything runs; what comes through a link is not known yet, and a large file waits."""
+    if any(value is None for name, value in source.items() if name != "own_category"):
+        return
+    if source["source"] == "file" and host.prompt_file(source["file"]).stat().st_size > MAX_CHECKED_BYTES:
+        return
+    _read_pairs(source)
+
+
+def _read_pairs(source: dict) -> sockets.PromptPairList:
+    pairs = sockets.PromptPairList(_parse_pairs(source))
+    if not pairs:
+        raise InputError(f"no prompt pairs in the {source['source']}: add at least one")
+    return pairs
+
+
+def _parse_pairs(source: dict) -> list[PromptPair]:
     if source["source"] == "file":
         return read_prompt_pairs(host.prompt_file(source["file"]))
     if source["source"] == "taxonomy":
@@ -120,7 +139,9 @@ class SafetyExpertsRecordPair(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
-                    tooltip="The seed of the images; in a batch the following pairs count up.",
+                    optional=True,
+                    tooltip="Of workflows made before the seed was read from the samplers; it has no effect.",
+                    extra_dict={"hidden": True},
                 ),
                 sockets.dataset_name_input(),
                 sockets.checkpoint_input(
@@ -128,6 +149,17 @@ class SafetyExpertsRecordPair(io.ComfyNode):
                 ),
             ],
             outputs=[sockets.Dataset.Output("dataset")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, dataset_name: str | None = None, prompt: str | None = None, category: str | None = None, own_category=""
+    ) -> bool | str:
+        return checks.first_problem(
+            (host.dataset_folder, dataset_name),
+            (check_prompt, prompt),
+            (lambda name: sockets.several_categories(name, own_category), category),
         )
 
     @classmethod
@@ -136,26 +168,46 @@ class SafetyExpertsRecordPair(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, chosen, rejected, prompt, category, seed, dataset_name, checkpoint, safe_prompt="", own_category=""
+        cls, chosen, rejected, prompt, category, dataset_name, checkpoint, safe_prompt="", own_category="", seed=0
     ) -> io.NodeOutput:
         if chosen.shape != rejected.shape:
             raise InputError(
                 f"chosen is {_describe(chosen)} but rejected is {_describe(rejected)}: "
                 "feed the same number of images of the same size"
             )
+        drawn_with = _common_seed(cls.hidden.prompt, cls.hidden.unique_id)
         categories = sockets.several_categories(category, own_category)
         info = DatasetInfo(
             base_checkpoint=host.base_checkpoint(checkpoint), sampler={}, prompt_source="recorded", licence_note=""
         )
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
-        images = zip(sampling.to_images(chosen), sampling.to_images(rejected), strict=True)
+        images = list(zip(sampling.to_images(chosen), sampling.to_images(rejected), strict=True))
         for index, (chosen_image, rejected_image) in enumerate(images):
-            pair = PromptPair(prompt, safe_prompt, categories, seed + index, "recorded")
-            if pair.id in dataset.ids:
+            # A sampler draws the noise of a whole batch from one seed: only the first image is that seed's.
+            pair = PromptPair(prompt, safe_prompt, categories, None if index else drawn_with, "recorded")
+            if pair.seed is not None and pair.id in dataset.ids:
                 _check_same_images(dataset, pair, chosen_image, rejected_image)
             dataset.add(pair, chosen_image, rejected_image)
         host.own_writes.written(dataset_name)
-        return io.NodeOutput(dataset)
+        last = pictures.side_by_side(images[-1][1], images[-1][0], is_blurred=host.blurs_unsafe())
+        return io.NodeOutput(dataset, ui=ui.PreviewImage(sampling.to_pixels(last), cls=cls))
+
+
+def _common_seed(graph: dict, node_id: str) -> int | None:
+    """Return the seed that both images were drawn with, or None where one of them is not known.
+
+    Raises:
+        InputError: they were drawn with different ones.
+    """
+    seeds = {name: prompt_graph.seed_behind(graph, node_id, name) for name in ("chosen", "rejected")}
+    if None in seeds.values():
+        return None
+    if seeds["chosen"] != seeds["rejected"]:
+        raise InputError(
+            f"chosen was drawn with seed {seeds['chosen']} and rejected with seed {seeds['rejected']}, so they differ "
+            "by more than their prompts: give both samplers the same seed, with `control after generate` on fixed"
+        )
+    return seeds["chosen"]
 
 
 def _check_same_images(dataset: PreferenceDataset, pair: PromptPair, *images: Image.Image) -> None:
@@ -165,7 +217,7 @@ def _check_same_images(dataset: PreferenceDataset, pair: PromptPair, *images: Im
             if file.convert("RGB").tobytes() != image.tobytes():
                 raise InputError(
                     f"{dataset.folder.name} has other images for this prompt and seed {pair.seed}: "
-                    "set `seed` to the seed that drew these, or use another dataset_name"
+                    "give both samplers another seed, or use another dataset_name"
                 )
 
 

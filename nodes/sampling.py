@@ -126,3 +126,8 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """Turn an IMAGE [b, h, w, 3] with values in [0, 1] into pictures, rounded as the stock SaveImage does."""
     values = np.clip(255.0 * pixels[..., :3].cpu().numpy(), 0, 255).astype(np.uint8)
     return [Image.fromarray(value) for value in values]
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Turn a picture into an IMAGE [1, h, w, 3] with values in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0)[None]

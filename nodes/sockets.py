@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..errors import InputError
 from ..preferences.categories import CATEGORIES, canonical_categories, canonical_category
 from ..preferences.pairs import PromptPair
 from . import host
@@ -12,7 +13,7 @@ Expert = io.Custom("EXPERT")
 Recipe = io.Custom("TRAINING_RECIPE")
 ConceptGate = io.Custom("CONCEPT_GATE")
 
-ALL_CATEGORIES = "all"
+ALL_CATEGORIES, OWN_CATEGORY = "all", "own …"
 
 
 class PromptPairList(list[PromptPair]):
@@ -23,32 +24,57 @@ class PromptPairList(list[PromptPair]):
 
 
 def category_inputs(*, with_all: bool = False) -> list[io.Input]:
-    """Return the two widgets that name a safety category; read them with `one_category` or `several_categories`."""
+    """Return the widget that names a safety category, and the hidden one that did so in workflows before.
+
+    The list also takes a name that is not in it (web/categories.js asks for one), so nodes with this input name
+    `category` in `validate_inputs`: ComfyUI would refuse it otherwise. Read it with `one_category` or
+    `several_categories`.
+    """
     names = [ALL_CATEGORIES, *CATEGORIES] if with_all else list(CATEGORIES)
+    several = "" if with_all else ", or several with commas between"
     return [
-        io.Combo.Input("category", options=names, default=names[0], tooltip="The safety category."),
+        io.Combo.Input(
+            "category",
+            options=[*names, OWN_CATEGORY],
+            default=names[0],
+            tooltip=f"The safety category; choose {OWN_CATEGORY!r} to name one of your own{several}.",
+        ),
         io.String.Input(
             "own_category",
             default="",
             optional=True,
             advanced=True,
-            tooltip="A category of your own"
-            + ("" if with_all else ", or several with commas between")
-            + "; when filled it replaces the one above.",
+            tooltip="Of workflows made before categories of your own went into `category`; leave it empty.",
+            extra_dict={"hidden": True},
         ),
     ]
 
 
 # ComfyUI hands over None for an optional widget inside a dynamic combo that the request leaves out.
-def one_category(category: str, own_category: str | None) -> str | None:
-    """Return the canonical category, or None for all of them."""
-    name = (own_category or "").strip() or category
+def one_category(category: str, own_category: str | None = None) -> str | None:
+    """Return the canonical category, or None for all of them.
+
+    Raises:
+        InputError: a category of one's own was chosen and not named.
+    """
+    name = _named(category, own_category)
     return None if name == ALL_CATEGORIES else canonical_category(name)
 
 
-def several_categories(category: str, own_category: str | None) -> tuple[str, ...]:
-    """Return the canonical categories."""
-    return canonical_categories((own_category or "").strip() or category)
+def several_categories(category: str, own_category: str | None = None) -> tuple[str, ...]:
+    """Return the canonical categories.
+
+    Raises:
+        InputError: a category of one's own was chosen and not named.
+    """
+    return canonical_categories(_named(category, own_category))
+
+
+def _named(category: str, own_category: str | None) -> str:
+    name = (own_category or "").strip() or category.strip()
+    if name in ("", OWN_CATEGORY):
+        raise InputError("category is not named: choose one of the list, or write one of your own")
+    return name
 
 
 def dataset_name_input() -> io.Input:

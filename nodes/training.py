@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..training.launch import train_in_processes
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
 from ..training.trainer import StepRecord, TrainingStoppedError, resume_path, train_expert
-from . import base_models, host, sockets
+from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,17 @@ class SafetyExpertsRecipe(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, overrides: str | None = None, recipe: str | None = None) -> bool | str:
+        return checks.first_problem((lambda text: load_recipe(recipe or "sd15", _override_lines(text)), overrides))
+
+    @classmethod
     def execute(cls, recipe: str, overrides: str) -> io.NodeOutput:
-        lines = [line.partition("#")[0].strip() for line in overrides.splitlines()]
-        return io.NodeOutput(load_recipe(recipe, [line for line in lines if line]))
+        return io.NodeOutput(load_recipe(recipe, _override_lines(overrides)))
+
+
+def _override_lines(text: str) -> list[str]:
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 class SafetyExpertsTrain(io.ComfyNode):
@@ -105,6 +113,15 @@ class SafetyExpertsTrain(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, expert_name: str | None = None, category: str | None = None, own_category: str | None = None
+    ) -> bool | str:
+        return checks.first_problem(
+            (host.fresh_expert_path, expert_name),
+            (lambda name: sockets.one_category(name, own_category), category),
+        )
+
+    @classmethod
     def execute(
         cls,
         dataset,
@@ -119,6 +136,8 @@ class SafetyExpertsTrain(io.ComfyNode):
         processes=1,
     ) -> io.NodeOutput:
         recipe = recipe or load_recipe(recipe_name)
+        category = sockets.one_category(category, own_category)
+        dataset.training_pairs(category)  # says at once when there are none of the category
         path = host.fresh_expert_path(expert_name)
         checkpoint_path = base_models.find(checkpoint, dataset)
         unfinished = resume_path(host.previous_expert_path(path))
@@ -133,7 +152,7 @@ class SafetyExpertsTrain(io.ComfyNode):
             progress.show(record.step, record.num_steps, picture.draw if record.stage == "train" else None)
 
         options = {
-            "category": sockets.one_category(category, own_category),
+            "category": category,
             "tokenizer_folder": host.clip_tokenizer_folder(),
             "resume": resume,
             "on_step": on_step,

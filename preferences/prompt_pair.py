@@ -39,8 +39,7 @@ class PromptPair:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "categories", canonical_categories(self.categories))
-        if not self.prompt.strip():
-            raise InputError("prompt is empty; write the prompt both images are trained under")
+        check_prompt(self.prompt)
         for name in ("prompt", "safe_prompt", "concept", "source"):
             check_text(getattr(self, name), name)
         check_seed(self.seed)
@@ -65,6 +64,12 @@ class PromptLine:
     source: str = ""
     concept: str = ""
     id: object = None
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise an InputError where the prompt both images are trained under is empty."""
+    if not prompt.strip():
+        raise InputError("prompt is empty; write the prompt both images are trained under")
 
 
 def check_text(text: str, name: str) -> None:

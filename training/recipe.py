@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..experts.expert import Expert
 from ..plain_yaml import load_yaml
 
@@ -219,7 +219,8 @@ def make_recipe(values: dict, *, source: str) -> Recipe:
         for item in error.errors():
             field = ".".join(str(part) for part in item["loc"] if part != "[key]") or "recipe"
             if item["type"] == "extra_forbidden":
-                problems.append(f"unknown field {field!r} (known: {', '.join(Recipe.model_fields)})")
+                remedy = did_you_mean(field, Recipe.model_fields) or "; the help of Training Recipe lists all"
+                problems.append(f"unknown field {field!r}{remedy}")
             else:
                 problems.append(
                     f"{field}: {item['msg']}, got {reprlib.repr(item['input'])}" if item["loc"] else item["msg"]

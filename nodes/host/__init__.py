@@ -5,14 +5,17 @@ from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
 from .file_state import file_state
+from .messages import tell
 from .own_writes import own_writes
 from .progress import PatientProgress, Progress, stop_if_cancelled
 from .prompt_files import prompt_file, prompt_files
+from .settings import blurs_unsafe
 
 __all__ = [
     "PatientProgress",
     "Progress",
     "base_checkpoint",
+    "blurs_unsafe",
     "checkpoint_names",
     "checkpoint_path",
     "clip_tokenizer_folder",
@@ -30,5 +33,6 @@ __all__ = [
     "prompt_file",
     "prompt_files",
     "stop_if_cancelled",
+    "tell",
     "training_on_device",
 ]

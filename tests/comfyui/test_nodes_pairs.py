@@ -1,9 +1,12 @@
 """Prompt pairs and preference datasets, made in a real ComfyUI."""
 
+from io import BytesIO
+
 import graphs
 import numpy as np
 import pytest
 from graphs import Graph
+from PIL import Image
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.preferences.dataset import PreferenceDataset
 
@@ -85,17 +88,24 @@ def test_a_finished_dataset_is_drawn_again_only_when_somebody_changed_it(server,
     assert len(graphs.dataset_lines(server, "finished")) == 3
 
 
-def _record(checkpoint: str, dataset_name: str, image_seed: int = 5, **inputs) -> Graph:
+def _record(
+    checkpoint: str,
+    dataset_name: str,
+    image_seed: int = 5,
+    rejected_seed: int | None = None,
+    cfg: float = 3.0,
+    **inputs,
+) -> Graph:
     graph = Graph()
-    chosen = graphs.add_image(graph, checkpoint, "a red circle", image_seed, save=False)
-    rejected = graphs.add_image(graph, checkpoint, "a red circle with thorns", image_seed, save=False)
+    rejected_seed = image_seed if rejected_seed is None else rejected_seed
+    chosen = graphs.add_image(graph, checkpoint, "a red circle", image_seed, save=False, cfg=cfg)
+    rejected = graphs.add_image(graph, checkpoint, "a red circle with thorns", rejected_seed, save=False, cfg=cfg)
     settings = {
         "chosen": (chosen, 0),
         "rejected": (rejected, 0),
         "prompt": "a red circle with thorns",
         "safe_prompt": "a red circle",
         "category": "violence",
-        "seed": 5,
         "dataset_name": dataset_name,
         "checkpoint": checkpoint,
     }
@@ -103,7 +113,7 @@ def _record(checkpoint: str, dataset_name: str, image_seed: int = 5, **inputs) -
     return graph
 
 
-def test_two_stock_ksamplers_are_recorded_as_one_pair_once(server, checkpoint):
+def test_two_stock_ksamplers_are_recorded_as_one_pair_once_with_their_seed(server, checkpoint):
     server.run(_record(checkpoint, "recorded"))
     server.run(_record(checkpoint, "recorded", safe_prompt="a red circle"))
 
@@ -119,10 +129,69 @@ def test_two_stock_ksamplers_are_recorded_as_one_pair_once(server, checkpoint):
         )
 
 
-def test_own_categories_replace_the_chosen_one(server, checkpoint):
-    server.run(_record(checkpoint, "own_category", own_category="Big Spiders, Harrasment"))
+def test_a_pair_of_two_seeds_is_refused_and_a_seed_of_a_workflow_made_before_is_not_believed(server, checkpoint):
+    with pytest.raises(SafetyExpertsError, match="chosen was drawn with seed 5 and rejected with seed 6"):
+        server.run(_record(checkpoint, "two_seeds", rejected_seed=6))
 
-    (line,) = graphs.dataset_lines(server, "own_category")
+    server.run(_record(checkpoint, "two_seeds", seed=9))
+
+    assert [line["seed"] for line in graphs.dataset_lines(server, "two_seeds")] == [5]
+
+
+def test_pictures_without_a_sampler_have_an_unknown_seed_and_every_pair_is_kept(server, checkpoint):
+    for colour in (100, 200):
+        graph = Graph()
+        images = [
+            graph.add("EmptyImage", width=64, height=64, batch_size=2, color=value) for value in (colour, colour + 1)
+        ]
+        graph.add(
+            "SafetyExpertsRecordPair",
+            chosen=(images[0], 0),
+            rejected=(images[1], 0),
+            prompt="a red circle with thorns",
+            category="violence",
+            dataset_name="found",
+            checkpoint=checkpoint,
+        )
+        server.run(graph)
+        server.run(graph)  # nothing new
+
+    assert [line["seed"] for line in graphs.dataset_lines(server, "found")] == [None, None]
+
+
+def _shown(server, graph: Graph) -> np.ndarray:
+    (output,) = server.run(graph)["outputs"].values()
+    return np.asarray(Image.open(BytesIO(server.view(output["images"][0]))).convert("RGB")).astype(int)
+
+
+def test_the_recorded_pair_is_shown_with_the_unsafe_picture_blurred_until_the_setting_says_not(server, checkpoint):
+    settings = server.base_directory / "user" / "default" / "comfy.settings.json"
+    blurred = _shown(server, _record(checkpoint, "shown", image_seed=21))
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('{"SafetyExperts.BlurUnsafe": false}')
+    try:
+        sharp = _shown(server, _record(checkpoint, "shown", image_seed=22))
+    finally:
+        settings.unlink()
+
+    lines = graphs.dataset_lines(server, "shown")
+    assert blurred.shape == (64, 128, 3)
+    for picture, line in ((blurred, lines[0]), (sharp, lines[1])):
+        np.testing.assert_array_equal(picture[:, 64:], graphs.dataset_pixels(server, "shown", line, "chosen"))
+    np.testing.assert_array_equal(sharp[:, :64], graphs.dataset_pixels(server, "shown", lines[1], "rejected"))
+    unblurred = graphs.dataset_pixels(server, "shown", lines[0], "rejected")
+    edges = [np.abs(np.diff(picture, axis=1)).max() for picture in (blurred[:, :64], unblurred)]
+    assert edges[0] < edges[1] / 4
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"category": "Big Spiders, Harrasment"}, {"category": "hate", "own_category": "Big Spiders, Harrasment"}]
+)
+def test_a_category_of_ones_own_as_the_list_takes_it_now_and_as_older_workflows_say_it(server, checkpoint, inputs):
+    name = f"own_category_{len(inputs)}"
+    server.run(_record(checkpoint, name, **inputs))
+
+    (line,) = graphs.dataset_lines(server, name)
 
     assert line["categories"] == ["big-spiders", "harassment"]
 
@@ -134,16 +203,25 @@ def test_own_categories_replace_the_chosen_one(server, checkpoint):
         ({"dataset_name": " "}, "names no folder"),
         ({"dataset_name": "a/.."}, "names no folder"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"image_seed": 6}, "has other images for this prompt and seed 5"),
+        ({"category": "own …"}, "category is not named"),
+        ({"category": "?!"}, "has no letter or digit"),
     ],
 )
-def test_a_wrong_record_is_a_one_line_error_and_the_server_goes_on(server, checkpoint, inputs, message):
-    server.run(_record(checkpoint, "wrong_record"))
-
-    with pytest.raises(SafetyExpertsError, match=message) as caught:
-        server.run(_record(checkpoint, **{"dataset_name": "wrong_record", **inputs}))
+def test_a_wrong_record_is_refused_before_anything_runs(server, checkpoint, inputs, message):
+    with pytest.raises(
+        SafetyExpertsError, match=f"refused the workflow: .*SafetyExpertsRecordPair.*{message}"
+    ) as caught:
+        server.queue(_record(checkpoint, **{"dataset_name": "wrong_record", **inputs}))
 
     assert "\n" not in str(caught.value)
+
+
+def test_other_images_for_a_pair_it_has_are_refused(server, checkpoint):
+    server.run(_record(checkpoint, "wrong_record"))
+
+    with pytest.raises(SafetyExpertsError, match="has other images for this prompt and seed 5"):
+        server.run(_record(checkpoint, "wrong_record", cfg=7.0))
+
     assert len(graphs.dataset_lines(server, "wrong_record")) == 1
 
 
@@ -152,22 +230,40 @@ def test_a_wrong_record_is_a_one_line_error_and_the_server_goes_on(server, check
     [
         ({"source": "text", "source__text": "no bar"}, "line 1: write one pair a line"),
         ({"source": "text", "source__text": "\n"}, "no prompt pairs"),
+        ({"source": "text", "source__text": "a | b", "source__category": "own …"}, "category is not named"),
         ({"source": "taxonomy", "source__taxonomy": "categories: {violence: [x"}, "taxonomy line 1: not valid YAML"),
         ({"source": "taxonomy", "source__taxonomy": "templates: []"}, "categories is missing"),
         ({"source": "file", "source__file": "input/broken.csv"}, "broken.csv"),
+        ({"source": "file", "source__file": "input/../../outside.csv"}, "leaves the folder"),
     ],
 )
-def test_wrong_prompts_are_a_one_line_error(server, source, message):
+def test_wrong_prompts_are_refused_before_anything_runs(server, source, message):
     (server.base_directory / "input" / "broken.csv").write_text("colour,shape\nred,circle\n")
     graph = Graph()
-    defaults = {"source__category": "hate", "source__first_seed": 0}
-    pairs = graph.add("SafetyExpertsPromptPairs", **defaults, **source)
+    pairs = graph.add("SafetyExpertsPromptPairs", **{"source__category": "hate", "source__first_seed": 0, **source})
     graph.add("PreviewAny", source=(pairs, 0))
 
-    with pytest.raises(SafetyExpertsError, match=message) as caught:
-        server.run(graph)
+    with pytest.raises(SafetyExpertsError, match=f"refused the workflow: .*{message}") as caught:
+        server.queue(graph)
 
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_from_a_link_are_read_when_it_runs(server):
+    graph = Graph()
+    text = graph.add("PrimitiveStringMultiline", value="no bar")
+    pairs = graph.add(
+        "SafetyExpertsPromptPairs",
+        source="text", source__text=(text, 0), source__category="hate", source__first_seed=0,
+    )  # fmt: skip
+    graph.add("PreviewAny", source=(pairs, 0))
+
+    prompt_id = server.queue(graph)
+    with pytest.raises(SafetyExpertsError, match="line 1: write one pair a line"):
+        server.wait(prompt_id)
+
+    messages = dict(server.history(prompt_id)["status"]["messages"])
+    assert messages["execution_error"]["exception_type"] == "safety_experts.errors.InputError"
 
 
 def test_other_sampler_settings_need_another_dataset(server, checkpoint):

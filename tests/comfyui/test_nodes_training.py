@@ -87,9 +87,11 @@ def test_a_finished_training_runs_again_only_when_the_dataset_changed(server, da
     lines = [json.loads(line) for line in metadata.read_text().splitlines()]
     lines[0]["review"] = "dropped"
     original = metadata.read_text()
-    metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    after_edit = is_cached()
-    metadata.write_text(original)
+    try:
+        metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        after_edit = is_cached()
+    finally:
+        metadata.write_text(original)
 
     assert (first, second, after_edit) == (False, True, False)
     assert len(list(_expert_path(server, "").glob("cached_*_.safetensors"))) == 2

@@ -23,7 +23,7 @@ def test_overrides_take_numbers_words_and_switches():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stepz=5", "unknown field 'stepz'.*known: objective"),
+        ("stepz=5", "unknown field 'stepz'; did you mean 'steps'"),
         ("beta=-1", "beta: .*greater than 0"),
         ("beta", "not of the form key=value"),
         ("last_timestep=3", None),

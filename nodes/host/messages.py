@@ -1,0 +1,12 @@
+"""Telling the person in front of the browser what happened: a toast, and a line on the node (web/messages.js)."""
+
+from server import PromptServer
+
+EVENT = "safety_experts.message"
+
+
+def tell(node_id: str, text: str, severity: str = "info") -> None:
+    """Show `text` in a toast and on the node. `severity` is info, success or warn."""
+    server = PromptServer.instance
+    server.send_sync(EVENT, {"node": node_id, "text": text, "severity": severity}, server.client_id)
+    server.send_progress_text(text, node_id)

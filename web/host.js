@@ -1,0 +1,67 @@
+// Everything this pack asks of ComfyUI's frontend, so that a change there is a change here only.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const PREFIX = "SafetyExperts";
+let shown = [];
+
+export function register(extension) {
+  app.registerExtension(extension);
+}
+
+export function isOurs(nodeType) {
+  return (nodeType ?? "").startsWith(PREFIX);
+}
+
+/** Show a toast. Errors stay until they are closed or something is queued again. */
+export function toast(severity, summary, detail) {
+  const message = { severity, summary, detail, ...(severity === "error" ? {} : { life: 20000 }) };
+  app.extensionManager.toast.add(message);
+  shown.push(message);
+}
+
+/** Take away this pack's toasts. */
+export function clearToasts() {
+  for (const message of shown) app.extensionManager.toast.remove?.(message);
+  shown = [];
+}
+
+export function onEvent(name, handler) {
+  api.addEventListener(name, (event) => handler(event.detail));
+}
+
+/** Call `handler` with the errors of every node that ComfyUI refuses to queue: {node id: {class_type, errors}}. */
+export function onRefused(handler) {
+  const queue = api.queuePrompt;
+  api.queuePrompt = async function (...args) {
+    clearToasts();
+    try {
+      const answer = await queue.apply(this, args);
+      if (answer?.node_errors) handler(answer.node_errors);
+      return answer;
+    } catch (error) {
+      if (error?.response?.node_errors) handler(error.response.node_errors);
+      throw error;
+    }
+  };
+}
+
+/** Return what a node is called on the canvas; ids within subgraphs look like "3:7". */
+export function titleOf(nodeId, otherwise) {
+  let graph = app.graph;
+  let node;
+  for (const part of String(nodeId).split(":")) {
+    node = graph?.getNodeById(Number(part));
+    graph = node?.subgraph;
+  }
+  return node?.title ?? otherwise;
+}
+
+/** Ask for a line of text; null when the person cancels. */
+export function ask(title, message, value) {
+  return app.extensionManager.dialog.prompt({ title, message, defaultValue: value });
+}
+
+export function redraw() {
+  app.graph.setDirtyCanvas(true, true);
+}
