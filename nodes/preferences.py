@@ -139,7 +139,6 @@ class SafetyExpertsRecordPair(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
-                    optional=True,
                     tooltip="Of workflows made before the seed was read from the samplers; it has no effect.",
                     extra_dict={"hidden": True},
                 ),
@@ -168,7 +167,7 @@ class SafetyExpertsRecordPair(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, chosen, rejected, prompt, category, dataset_name, checkpoint, safe_prompt="", own_category="", seed=0
+        cls, chosen, rejected, prompt, category, seed, dataset_name, checkpoint, safe_prompt="", own_category=""
     ) -> io.NodeOutput:
         if chosen.shape != rejected.shape:
             raise InputError(

@@ -26,7 +26,7 @@ class PromptPairList(list[PromptPair]):
 def category_inputs(*, with_all: bool = False) -> list[io.Input]:
     """Return the widget that names a safety category, and the hidden one that did so in workflows before.
 
-    The list also takes a name that is not in it (web/categories.js asks for one), so nodes with this input name
+    The list also takes a name that is not in it (web/widgets.js asks for one), so nodes with this input name
     `category` in `validate_inputs`: ComfyUI would refuse it otherwise. Read it with `one_category` or
     `several_categories`.
     """

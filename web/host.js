@@ -62,6 +62,14 @@ export function ask(title, message, value) {
   return app.extensionManager.dialog.prompt({ title, message, defaultValue: value });
 }
 
+/** Hide with a hidden widget the one that ComfyUI puts beside it, such as "control after generate". */
+export function hideCompanions(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!widget.hidden && !widget.options?.hidden) continue;
+    for (const companion of widget.linkedWidgets ?? []) companion.hidden = true;
+  }
+}
+
 export function redraw() {
   app.graph.setDirtyCanvas(true, true);
 }

@@ -106,6 +106,7 @@ def _record(
         "prompt": "a red circle with thorns",
         "safe_prompt": "a red circle",
         "category": "violence",
+        "seed": 0,
         "dataset_name": dataset_name,
         "checkpoint": checkpoint,
     }
@@ -150,6 +151,7 @@ def test_pictures_without_a_sampler_have_an_unknown_seed_and_every_pair_is_kept(
             rejected=(images[1], 0),
             prompt="a red circle with thorns",
             category="violence",
+            seed=0,
             dataset_name="found",
             checkpoint=checkpoint,
         )

@@ -1,5 +1,5 @@
-// The category widget takes a listed category or one of the person's own, which it asks for.
-import { ask, isOurs, redraw, register } from "./host.js";
+// Widgets: the category takes a listed one or one of the person's own, which it asks for; what is legacy stays hidden.
+import { ask, hideCompanions, isOurs, redraw, register } from "./host.js";
 
 const OWN = "own …";
 
@@ -10,9 +10,10 @@ async function askForCategory(widget, before) {
 }
 
 register({
-  name: "SafetyExperts.Categories",
+  name: "SafetyExperts.Widgets",
   nodeCreated(node) {
     if (!isOurs(node.comfyClass)) return;
+    hideCompanions(node);
     const changed = node.onWidgetChanged;
     node.onWidgetChanged = function (name, value, before, widget) {
       changed?.apply(this, arguments);

@@ -1,0 +1,124 @@
+"""What a person reads after a mistake, without a click: the pack's own toasts (SCREENSHOTS=<folder> keeps pictures)."""
+
+import json
+import os
+from pathlib import Path
+
+import graphs
+import pytest
+from frontend import Frontend, open_frontend
+from graphs import Graph
+from safety_experts.demo.comfyui import ComfyServer
+from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+
+TOASTS = ".p-toast-message"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ComfyServer(tmp_path_factory.mktemp("comfyui")) as server:
+        server.add_model(ensure_toy_checkpoint())
+        text = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("red", "green", "blue"))
+        graph = Graph()
+        graphs.add_generation(graph, ensure_toy_checkpoint().name, "pairs", text)
+        server.run(graph)
+        yield server
+        server.check_log()
+
+
+@pytest.fixture(scope="module")
+def frontend(server):
+    with open_frontend(server.url) as frontend:
+        yield frontend
+
+
+def toasts(frontend: Frontend, name: str, containing: str) -> list[str]:
+    """Wait for a toast with this text; return the texts of all there are."""
+    toast = frontend.page.locator(TOASTS, has_text=containing)
+    toast.first.wait_for(timeout=60_000)
+    frontend.page.wait_for_timeout(700)  # its opening is animated
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        frontend.page.screenshot(path=Path(folder) / f"mistake_{name}.png", scale="css")
+    return frontend.page.locator(TOASTS).all_inner_texts()
+
+
+def prompts(**source) -> Graph:
+    graph = Graph()
+    pairs = graph.add("SafetyExpertsPromptPairs", **{"source__category": "hate", "source__first_seed": 0, **source})
+    graph.add("PreviewAny", source=(pairs, 0))
+    return graph
+
+
+def training(overrides: str = "steps=2", **inputs) -> Graph:
+    graph = Graph()
+    recipe = graph.add("SafetyExpertsRecipe", recipe="toy", overrides=overrides)
+    settings = {"checkpoint": "(the one that drew the dataset)", "category": "all", "recipe_name": "toy"}
+    graph.add(
+        "SafetyExpertsTrain",
+        dataset=(graph.add("SafetyExpertsLoadDataset", dataset_name="pairs"), 0),
+        recipe=(recipe, 0),
+        **{"expert_name": "mistake", "sample_every": 0, **settings, **inputs},
+    )
+    return graph
+
+
+def recording(chosen_seed: int = 5, rejected_seed: int = 5, **inputs) -> Graph:
+    checkpoint = ensure_toy_checkpoint().name
+    graph = Graph()
+    images = [
+        graphs.add_image(graph, checkpoint, "a red circle", seed, save=False) for seed in (chosen_seed, rejected_seed)
+    ]
+    settings = {
+        "prompt": "a red circle with thorns",
+        "category": "violence",
+        "seed": 0,
+        "dataset_name": "recorded",
+        "checkpoint": checkpoint,
+    }
+    graph.add("SafetyExpertsRecordPair", chosen=(images[0], 0), rejected=(images[1], 0), **{**settings, **inputs})
+    return graph
+
+
+def merging(weights: str) -> Graph:
+    graph = Graph()
+    merge = graph.add("SafetyExpertsMerge", method="linear", weights=weights)
+    graph.add("SafetyExpertsSave", expert=(merge, 0), expert_name="merged")
+    return graph
+
+
+MISTAKES = {
+    "empty_text": (lambda: prompts(source="text", source__text=""), "no prompt pairs in the text"),
+    "no_bar": (lambda: prompts(source="text", source__text="a red circle"), "with one | between"),
+    "yaml": (lambda: prompts(source="taxonomy", source__taxonomy="a: [b"), "taxonomy line 1: not valid YAML"),
+    "leaves_its_folder": (lambda: training(expert_name="../../mine"), "leaves the folder"),
+    "misspelt_option": (lambda: training(overrides="stepz=3"), "did you mean 'steps'?"),
+    "absent_category": (lambda: training(category="hate"), "has no pairs of category 'hate' to train on"),
+    "unnamed_category": (lambda: training(category="own …"), "category is not named"),
+    "weights": (lambda: merging("one, two"), "give one number an expert"),
+    "empty_prompt": (lambda: recording(prompt=" "), "prompt is empty"),
+    "two_seeds": (lambda: recording(rejected_seed=6), "drawn with seed 5 and rejected with seed 6"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_shows_its_sentence_once_without_a_click(frontend, name):
+    graph, sentence = MISTAKES[name]
+    frontend.open_api_graph(graph(), name)
+    frontend.press_run()
+
+    ours = [text for text in toasts(frontend, name, sentence) if sentence in text]
+
+    assert len(ours) == 1
+    assert "custom_nodes" not in ours[0] and "InputError" not in ours[0]
+
+
+@pytest.mark.parametrize("name", ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"])
+def test_a_workflow_saved_by_the_first_version_opens_with_the_values_it_had(frontend, name):
+    """The files are the example workflows as they were shipped then; a widget in between would move the values."""
+    folder = Path(__file__).parent / "version_1"
+    frontend.open_workflow(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), name)
+    _, exported = frontend.export()
+
+    for number, node in json.loads((folder / "api" / f"{name}.json").read_text(encoding="utf-8")).items():
+        assert exported[number]["inputs"] | node["inputs"] == exported[number]["inputs"], node["class_type"]
