@@ -16,8 +16,11 @@ from .errors import InputError, SafetyExpertsError
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
+def write_atomically(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it onto `path` on success, remove it on any failure.
+
+    Args:
+        sync: wait until the disk has it; False for the one of many that are synced together.
 
     Raises:
         SafetyExpertsError: the disk is full or the folder cannot be written to.
@@ -31,8 +34,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
+        if sync:
+            sync_file(temporary)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only the owner can read
@@ -130,6 +133,12 @@ def check_usable(path: str | os.PathLike) -> None:
         raise InputError("a name holds a NUL character; check it") from None
     except OSError as error:
         raise InputError(f"cannot use {path}: {error.strerror or error}; choose another name") from None
+
+
+def sync_file(path: str | os.PathLike) -> None:
+    """Wait until the disk has what was written to a file."""
+    with open(path, "rb+") as written:
+        os.fsync(written.fileno())
 
 
 def sync_folder(folder: str | os.PathLike) -> None:

@@ -2,22 +2,21 @@
 
 import contextlib
 import hashlib
-import io
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
-from ..files import check_usable, path_inside, sha256_of_file, sync_folder, write_atomically
+from ..files import check_usable, path_inside, sha256_of_file, sync_file, sync_folder, write_atomically
 from .categories import canonical_category
 from .inspection import check_dataset
 from .locking import lock_folder
 from .metadata_file import MetadataFile
+from .new_pair import NewPair
 from .prompt_pair import PromptPair
 from .records import (
     DatasetInfo,
@@ -29,7 +28,7 @@ from .records import (
     refuse_links,
 )
 
-__all__ = ["DatasetInfo", "PreferenceDataset", "PreferencePair"]
+__all__ = ["DatasetInfo", "NewPair", "PreferenceDataset", "PreferencePair"]
 
 
 class PreferenceDataset:
@@ -155,49 +154,34 @@ class PreferenceDataset:
             InputError: the images differ in size, or a score or the review is not valid.
             SafetyExpertsError: the disk is full or the folder cannot be written; the dataset is as it was.
         """
-        if chosen.size != rejected.size:
-            raise InputError(
-                f"pair {prompt_pair.id}: chosen is {chosen.width}×{chosen.height} px and rejected is "
-                f"{rejected.width}×{rejected.height} px; draw both at one size"
-            )
-        chosen, rejected = chosen.convert("RGB"), rejected.convert("RGB")
-        pair_id = prompt_pair.id if prompt_pair.seed is not None else _id_of_images(prompt_pair, chosen, rejected)
-        pair = PreferencePair(
-            id=pair_id,
-            prompt=prompt_pair.prompt,
-            safe_prompt=prompt_pair.safe_prompt,
-            categories=prompt_pair.categories,
-            chosen_file_name=f"images/{pair_id}-chosen.png",
-            rejected_file_name=f"images/{pair_id}-rejected.png",
-            chosen_unsafe=chosen_unsafe,
-            rejected_unsafe=rejected_unsafe,
-            seed=prompt_pair.seed,
-            width_px=chosen.width,
-            height_px=chosen.height,
-            concept=prompt_pair.concept,
-            scores={judge: float(score) for judge, score in (scores or {}).items()},
-            review=review,
-            source=prompt_pair.source,
-        )
-        encoded = [_encode_png(image) for image in (chosen, rejected)]
+        new = NewPair(prompt_pair, chosen, rejected, chosen_unsafe, rejected_unsafe, scores or {}, review)
+        return self.add_many([new])[0]
+
+    def add_many(self, new_pairs: Sequence[NewPair]) -> list[PreferencePair]:
+        """Write pairs as `add` does, all of them or none, and wait for the disk once for all: for tens at a time."""
+        ready = [(new.record(), new) for new in new_pairs]
         with _writing(self.folder), lock_folder(self.folder):
             refuse_links(self.folder)
             self._metadata.read()
-            if pair.id in self.ids:
-                return self.pair(pair.id)
-            paths = self.image_paths(pair)
+            fresh = {pair.id: (pair, new) for pair, new in ready if pair.id not in self.ids}
+            written: list[Path] = []
             try:
-                for path, png in zip(paths, encoded, strict=True):
-                    with write_atomically(path) as temporary:
-                        temporary.write_bytes(png)
-                sync_folder(paths[0].parent)
-                self._metadata.append(pair)
+                for pair, new in fresh.values():
+                    for path, image in zip(self.image_paths(pair), (new.chosen, new.rejected), strict=True):
+                        written.append(path)
+                        with write_atomically(path, sync=False) as temporary:
+                            image.save(temporary, format="PNG")
+                for path in written:
+                    sync_file(path)
+                if written:
+                    sync_folder(written[0].parent)
+                self._metadata.append([pair for pair, _ in fresh.values()])
             except BaseException:
-                if pair.id not in self.ids:  # the line is not there, so its images must not be either
-                    for path in paths:
+                if not any(pair_id in self.ids for pair_id in fresh):  # no lines, so there must be no images either
+                    for path in written:
                         path.unlink(missing_ok=True)
                 raise
-        return pair
+        return [self.pair(pair.id) for pair, _ in ready]
 
     def set_review(self, pair_id: str, review: Review | None) -> PreferencePair:
         """Record a reviewer's verdict on one pair (None takes it back); as `update`."""
@@ -283,17 +267,6 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise SafetyExpertsError(f"cannot write {folder}: {reason}; check the free space and the rights") from error
-
-
-def _encode_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _id_of_images(pair: PromptPair, *images: Image.Image) -> str:
-    digests = [hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in images]
-    return hashlib.sha256(json.dumps([pair.prompt, pair.safe_prompt, *digests]).encode()).hexdigest()[:16]
 
 
 def _cannot_read(folder: Path, error: OSError) -> InputError:

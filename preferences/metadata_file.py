@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pydantic_core
@@ -104,10 +104,12 @@ class MetadataFile:
                 self._consume(b"\n")
         self._lacks_break = self._is_torn = False
 
-    def append(self, pair: PreferencePair) -> None:
-        """Add a pair as a line, synced to the disk; a line that does not fit is taken back."""
+    def append(self, pairs: Sequence[PreferencePair]) -> None:
+        """Add pairs as lines, synced to the disk; lines that do not fit are taken back."""
         self.mend()
-        added = pair.to_json().encode() + b"\n"
+        if not pairs:
+            return
+        added = b"".join(pair.to_json().encode() + b"\n" for pair in pairs)
         with open_plain(self.path, "ab") as file:
             try:
                 rest = memoryview(added)
@@ -119,9 +121,10 @@ class MetadataFile:
                 os.ftruncate(file.fileno(), self.num_bytes)
                 raise
         self._consume(added)
-        self._num_lines += 1
-        self.index[pair.id] = len(self.pairs)
-        self.pairs.append(pair)
+        self._num_lines += len(pairs)
+        for pair in pairs:
+            self.index[pair.id] = len(self.pairs)
+            self.pairs.append(pair)
 
     def replace(self, changed: Mapping[str, PreferencePair]) -> None:
         """Put other pairs in the lines of their ids: the whole file is written anew, synced, and renamed into place."""
