@@ -1,4 +1,4 @@
-"""`safety-experts dataset`: import prompt pairs and images, check a dataset, count what it holds."""
+"""`safety-experts dataset`: import, export, check, count, split and merge preference data."""
 
 import argparse
 import json
@@ -7,28 +7,44 @@ from pathlib import Path
 from ..errors import InputError, SafetyExpertsError
 from ..files import check_usable
 
-HELP = "import, check and count preference data"
+HELP = "import, export, check, count, split and merge preference data"
 
-_SUFFIXES = {"csv": (".csv",), "jsonl": (".jsonl",), "taxonomy": (".yaml", ".yml")}
+_PROMPT_FILES = {"csv": (".csv",), "jsonl": (".jsonl",), "taxonomy": (".yaml", ".yml")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `import`, `check` and `stats`."""
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="import|check|stats")
+    """Declare the verbs."""
+    from ..preferences.formats import FORMATS
 
-    importing = verbs.add_parser("import", help="read prompt pairs; with --images, make a dataset of existing images")
-    importing.add_argument("source", type=Path, metavar="SRC", help="a .csv (ours or CoProV2's), .jsonl or .yaml file")
-    importing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    importing.add_argument("--format", choices=sorted(_SUFFIXES), help="what SRC must be (default: by its suffix)")
-    importing.add_argument("--images", type=Path, metavar="DIR", help="folder of the images a CoProV2 CSV names")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    formats = "; ".join(f"{name}: {kind.title} ({kind.layout})" for name, kind in FORMATS.items())
 
-    checking = verbs.add_parser("check", help="list everything wrong with a dataset; exit 1 if there is anything")
-    counting = verbs.add_parser("stats", help="count pairs by category, review, flags and size")
-    for verb in (checking, counting):
-        verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
-    for verb, work in ((importing, _import), (checking, _check), (counting, _count)):
+    def add_verb(name: str, work, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=text, description=text, epilog=epilog)
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
         verb.set_defaults(work=work)
+        return verb
+
+    importing = add_verb("import", _import, "read prompt pairs, or make a dataset of images in another format", formats)
+    importing.add_argument("source", type=Path, metavar="SRC", help="a .csv, .jsonl or .yaml of prompts, or a format's")
+    importing.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    choices = [*sorted(_PROMPT_FILES), *FORMATS]
+    importing.add_argument("--format", choices=choices, help="what SRC is (default, for prompts: by its suffix)")
+    importing.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of the images SRC names (default: beside)"
+    )
+    importing.add_argument("--category", default="", metavar="C[,C…]", help="where the format does not say them")
+
+    exporting = add_verb("export", _export, "write the pairs to train on in another trainer's format", formats)
+    exporting.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
+    exporting.add_argument("--format", choices=FORMATS, required=True, help="see below")
+    exporting.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    exporting.add_argument("--category", metavar="C", help="only pairs of this category")
+
+    checking = add_verb("check", _check, "list everything wrong with a dataset; exit 1 if there is anything")
+    counting = add_verb("stats", _count, "count pairs by category, review, flags and size")
+    for verb in (checking, counting):
+        verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,23 +53,33 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    source, out = arguments.source, arguments.out
-    if arguments.format and source.suffix.lower() not in _SUFFIXES[arguments.format]:
-        wanted = " or ".join(_SUFFIXES[arguments.format])
-        raise InputError(
-            f"{source}: --format {arguments.format} reads {wanted} files; rename the file or leave --format out"
-        )
-    from ..preferences.pairs import read_prompt_pairs, write_prompt_pairs
+    from ..preferences.formats import FORMATS
     from ..preferences.records import refuse_links
 
+    source, out, name = arguments.source, arguments.out, arguments.format
+    check_usable(source)
     check_usable(out)
     refuse_links(out)
-    if arguments.images:
-        _import_images(arguments)
+    if arguments.images and not name:
+        if source.suffix.lower() != ".csv":
+            raise InputError(f"{source}: --images without --format needs a CSV in CoProV2's layout; name the --format")
+        name = "coprov2"
+    if name in FORMATS:
+        _import_images(arguments, name)
         return
+    if name and source.suffix.lower() not in _PROMPT_FILES[name]:
+        wanted = " or ".join(_PROMPT_FILES[name])
+        raise InputError(f"{source}: --format {name} reads {wanted} files; rename the file or leave --format out")
+    if source.is_dir() or source.suffix.lower() == ".parquet":
+        raise InputError(f"{source}: say what it is with --format, one of {', '.join(FORMATS)}")
+    _import_prompts(arguments)
 
-    pairs = read_prompt_pairs(source)
-    target = out / "prompt_pairs.jsonl"
+
+def _import_prompts(arguments: argparse.Namespace) -> None:
+    from ..preferences.pairs import read_prompt_pairs, write_prompt_pairs
+
+    pairs = read_prompt_pairs(arguments.source)
+    target = arguments.out / "prompt_pairs.jsonl"
     if target.exists() and read_prompt_pairs(target) != pairs:
         raise InputError(f"{target} holds other prompt pairs; choose another --out, or delete it first")
     write_prompt_pairs(target, pairs)
@@ -64,18 +90,36 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"{target}: {len(pairs)} prompt pairs ({', '.join(categories)})")
 
 
-def _import_images(arguments: argparse.Namespace) -> None:
-    from ..preferences.importing import import_coprov2
+def _import_images(arguments: argparse.Namespace, name: str) -> None:
+    from ..preferences.categories import canonical_categories
+    from ..preferences.importing import import_dataset
 
-    if arguments.source.suffix.lower() != ".csv":
-        raise InputError(
-            f"{arguments.source}: --images needs a CSV in CoProV2's layout (columns prompt, image, category)"
-        )
-    dataset = import_coprov2(arguments.source, arguments.images, arguments.out, _show_progress("importing"))
+    made = import_dataset(
+        name,
+        arguments.source,
+        arguments.out,
+        images_folder=arguments.images,
+        categories=canonical_categories(arguments.category),
+        on_progress=_show_progress("importing"),
+    )
+    folder, num_pairs = str(made.dataset.folder), len(made.dataset.pairs)
     if arguments.json:
-        print(json.dumps({"folder": str(dataset.folder), "pairs": len(dataset.pairs)}))
+        print(json.dumps({"folder": folder, "pairs": num_pairs, "skipped": made.skipped}))
+        return
+    left_out = "".join(f", {count} left out: {reason}" for reason, count in made.skipped.items())
+    print(f"{folder}: {num_pairs} pairs{left_out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from ..preferences.dataset import PreferenceDataset
+    from ..preferences.exporting import export_dataset
+
+    dataset = PreferenceDataset.open(arguments.folder)
+    num_pairs = export_dataset(dataset, arguments.format, arguments.out, arguments.category)
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.out), "pairs": num_pairs, "format": arguments.format}))
     else:
-        print(f"{dataset.folder}: {len(dataset.pairs)} pairs")
+        print(f"{arguments.out}: {num_pairs} pairs as {arguments.format}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -105,13 +149,13 @@ def _count(arguments: argparse.Namespace) -> None:
 
 
 def _show_progress(verb: str):
-    """Return a callback (done, in all) that draws a bar on a terminal and nothing elsewhere."""
+    """Return a callback (done, in all or 0) that draws a bar on a terminal and nothing elsewhere."""
     from tqdm import tqdm
 
     bar = tqdm(desc=verb, unit="pair", disable=None, leave=False)
 
     def show(done: int, in_all: int) -> None:
-        bar.total = in_all
+        bar.total = in_all or None
         bar.update(done - bar.n)
         if done == in_all:
             bar.close()

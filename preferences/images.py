@@ -1,6 +1,8 @@
 """Reading one image file: every mode becomes RGB in a way that is said (docs/datasets.md), or is refused by name."""
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,16 +24,28 @@ def read_image(path: Path, formats: tuple[str, ...] = ("PNG",), *, follow_links:
         InputError: the file is missing, truncated, a link, of none of the formats, or of a mode that is refused.
     """
     try:
-        with open_plain(path, follow_links=follow_links) as file, Image.open(file, formats=formats) as image:
-            return to_rgb(image)
-    except InputError as error:
-        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        with open_plain(path, follow_links=follow_links) as file:
+            return _decode(file, str(path), formats)
     except FileNotFoundError:
         raise InputError(f"{path}: the image is missing; put it back, or remove its pair") from None
-    # Pillow raises SyntaxError and ValueError, too, for damaged PNG chunks, and others for damaged EXIF.
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, ArithmeticError, Image.DecompressionBombError):
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from None
+
+
+def read_image_bytes(data: bytes, where: str, formats: tuple[str, ...]) -> Image.Image:
+    """Read an image that stands in a table, as `read_image` does; `where` names it in errors."""
+    return _decode(io.BytesIO(data), where, formats)
+
+
+def _decode(file: BinaryIO, where: str, formats: tuple[str, ...]) -> Image.Image:
+    try:
+        with Image.open(file, formats=formats) as image:
+            return to_rgb(image)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Exception:  # Pillow lets every kind through: OSError, SyntaxError, struct.error, zlib.error, …
         wanted = " or ".join(formats)
-        raise InputError(f"{path}: not a whole {wanted} image; replace it, or remove its pair") from None
+        raise InputError(f"{where}: not a whole {wanted} image; replace it, or remove its pair") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -23,11 +23,19 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class CoProV2Pair:
-    """A pair of a CoProV2 CSV and the two image files it names; its seed only counts pairs, the real one is unknown."""
+    """A pair of a CoProV2 CSV and the two image files it names.
+
+    Args:
+        pair: to draw anew its seed counts pairs; with the images it is None, as the file does not say it.
+        where: file and line.
+        our_fields: what an export of ours keeps in a column of its own.
+    """
 
     pair: PromptPair
     safe_image: str
     unsafe_image: str
+    where: str
+    our_fields: str = ""
 
 
 def read_csv(path: Path) -> list[PromptPair]:
@@ -74,10 +82,13 @@ def _read_row(row: dict[str, str], columns: dict[str, str], where: str, file_nam
     )
 
 
-def read_coprov2(path: Path) -> list[CoProV2Pair]:
+def read_coprov2(path: Path, *, with_images: bool = False) -> list[CoProV2Pair]:
     """Pair the rows of a CoProV2 CSV by the part of the file name after `u_` (unsafe) or `s_` (safe).
 
     A pair in several categories stands in the file once for each; it becomes one pair with all of them.
+
+    Args:
+        with_images: the images exist, so a prompt may have several pairs, and a seed or a safe prompt is not needed.
 
     Raises:
         InputError: a file name has no `u_` or `s_` (CoProV2's test split: unsafe prompts only), a pair lacks one side,
@@ -91,6 +102,7 @@ def read_coprov2(path: Path) -> list[CoProV2Pair]:
     sides: dict[str, dict[str, tuple[str, str]]] = {}
     categories: dict[str, tuple[str, ...]] = {}
     first_lines: dict[str, str] = {}
+    our_fields: dict[str, str] = {}
     for where, row in rows:
         image = row["image"].strip()
         side, _, key = PurePosixPath(image).name.partition("_")
@@ -101,6 +113,7 @@ def read_coprov2(path: Path) -> list[CoProV2Pair]:
             )
         entry = (row["prompt"].strip(), image)
         first_lines.setdefault(key, where)
+        our_fields.setdefault(key, row.get("safety_experts", ""))
         if sides.setdefault(key, {}).setdefault(side, entry) != entry:
             raise InputError(f"{where}: its image stood above with another prompt or folder; keep one of the two")
         categories[key] = categories.get(key, ()) + tuple(row["category"].split(","))
@@ -112,9 +125,16 @@ def read_coprov2(path: Path) -> list[CoProV2Pair]:
                 f"{first_lines[key]}: this {present}_ image has no partner; add the row of its {missing}_ image"
             )
         (prompt, unsafe_image), (safe_prompt, safe_image) = found["u"], found["s"]
-        line = PromptLine(prompt, safe_prompt, categories[key], index, f"{path.name}:{key}")
-        pair = number_lines([(first_lines[key], line)])[0]
-        pairs.append(CoProV2Pair(pair, safe_image, unsafe_image))
+        where, source = first_lines[key], f"{path.name}:{key}"
+        if with_images:
+            try:
+                pair = PromptPair(prompt, safe_prompt, categories[key], None, source)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+        else:
+            line = PromptLine(prompt, safe_prompt, categories[key], index, source)
+            pair = number_lines([(where, line)])[0]
+        pairs.append(CoProV2Pair(pair, safe_image, unsafe_image, where, our_fields[key]))
     return pairs
 
 
