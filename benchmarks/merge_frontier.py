@@ -97,10 +97,9 @@ def merged(work: Path, case: str, seed: int) -> Expert | None:
     if METHODS[method].needs_statistics:
         statistics = collect_statistics(
             experts,
-            model.checkpoint_path,
-            work / "pairs",
+            model.checkpoint,
+            PreferenceDataset.open(work / "pairs"),
             num_prompts=CALIBRATION_PAIRS,
-            tokenizer_folder=model.tokenizer_folder,
             device="cpu",
         )
     return merge_experts(experts, method, weights=weights, parameters=parameters, statistics=statistics)
@@ -110,11 +109,10 @@ def fitted(work: Path, experts: Sequence[Expert], seed: int) -> list[float]:
     """Return the strengths that the fitted merge gives the experts."""
     model, recipe = sampler(), load_recipe("strengths", [f"seed={seed}"])
     dataset = PreferenceDataset.open(work / "pairs")
-    options = {"device": "cpu", "tokenizer_folder": model.tokenizer_folder}
     return remembered(
         work / f"fitted-{seed}.json",
         [toy_recipe(seed, RECIPE).model_dump(), recipe.model_dump()],
-        lambda: fit_strengths(experts, model.checkpoint_path, dataset, recipe, **options),
+        lambda: fit_strengths(experts, model.checkpoint, dataset, recipe, device="cpu"),
     )
 
 

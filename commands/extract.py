@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from .merge import check_out, default_device, progress_bar
+from .merge import check_out
+from .progress import progress_bar
 
 HELP = "make a LoRA out of a fully fine-tuned model minus its base"
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_out(arguments)
 
+    from ..devices import choose_device
     from ..experts.expert_file import save_expert
     from ..experts.extraction import extract_expert
     from ..preferences.categories import canonical_category
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
             energy=arguments.energy,
             categories=[canonical_category(text) for text in arguments.category],
             name=arguments.out.stem,
-            device=arguments.device or default_device(),
+            device=str(choose_device(arguments.device)),
             on_layer=show,
         )
     save_expert(expert, arguments.out)

@@ -1,13 +1,14 @@
 """`safety-experts merge`: several experts into one file."""
 
 import argparse
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..key_values import parse_key_values
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("--calibration needs --model and the other way round")
     weights = _parse_weights(arguments.weights)
 
+    from ..devices import choose_device
     from ..experts.expert_file import open_expert, save_expert
     from ..experts.merging import find_method, merge_experts
 
     method = find_method(arguments.method)
-    parameters = method.parse_parameters(_parse_parameters(arguments.set), arguments.method)
+    parameters = method.parse_parameters(parse_key_values(arguments.set), arguments.method)
     experts = [open_expert(path) for path in arguments.experts]
     statistics = _statistics(arguments, experts) if method.needs_statistics else None
     if method.needs_weights and weights is None and arguments.calibration:
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             parameters=parameters,
             statistics=statistics,
             name=arguments.out.stem,
-            device=arguments.device or default_device(),
+            device=str(choose_device(arguments.device)),
             on_layer=show,
         )
     save_expert(merged, arguments.out)
@@ -85,27 +87,6 @@ def check_out(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
 
 
-def default_device() -> str:
-    """Return the device to work on layer by layer: CUDA where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def progress_bar(name: str, *, is_hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total) that draws a bar on stderr, where that is a terminal and it is not hidden."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, disable=is_hidden or None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def _parse_weights(text: str | None) -> list[float] | None:
     if text is None:
         return None
@@ -115,17 +96,8 @@ def _parse_weights(text: str | None) -> list[float] | None:
         raise InputError(f"--weights {text!r} must be numbers with commas between, such as 1,0.5") from error
 
 
-def _parse_parameters(settings: Sequence[str]) -> dict[str, str]:
-    parameters = {}
-    for setting in settings:
-        name, separator, value = setting.partition("=")
-        if not separator:
-            raise InputError(f"--set {setting!r} is not of the form key=value")
-        parameters[name.strip()] = value.strip()
-    return parameters
-
-
 def _fit(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> list[float]:
+    from ..models.checkpoint import load_checkpoint
     from ..preferences.dataset import PreferenceDataset
     from ..training.recipe import load_recipe
     from ..training.strengths import fit_strengths
@@ -133,11 +105,10 @@ def _fit(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> list[flo
     with progress_bar("fitting", is_hidden=arguments.json) as show:
         return fit_strengths(
             experts,
-            arguments.model,
+            load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer),
             PreferenceDataset.open(arguments.calibration),
             load_recipe(arguments.recipe),
             device=arguments.device,
-            tokenizer_folder=arguments.tokenizer,
             on_step=show,
         )
 
@@ -148,17 +119,18 @@ def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "
     if not arguments.calibration:
         return load_statistics(arguments.statistics, experts) if arguments.statistics else None
 
+    from ..models.checkpoint import load_checkpoint
+    from ..preferences.dataset import PreferenceDataset
     from ..training.calibration import collect_statistics
 
     with progress_bar("calibration", is_hidden=arguments.json) as show:
         statistics = collect_statistics(
             experts,
-            arguments.model,
-            arguments.calibration,
+            load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer),
+            PreferenceDataset.open(arguments.calibration),
             num_prompts=arguments.num_prompts,
             seed=arguments.seed,
             device=arguments.device,
-            tokenizer_folder=arguments.tokenizer,
             on_step=show,
         )
     if arguments.statistics:

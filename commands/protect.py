@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .merge import check_out, progress_bar
+from .merge import check_out
+from .progress import progress_bar
 
 HELP = "report how much a style LoRA cancels safety experts, and write one that does not"
 

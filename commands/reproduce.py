@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ..errors import SafetyExpertsError
-from .merge import progress_bar
+from .progress import progress_bar
 
 HELP = "do a merge again from its parents and compare it with the file"
 

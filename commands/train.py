@@ -5,9 +5,16 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, SafetyExpertsError
 from ..typed import printable
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
+    from ..preferences.dataset import PreferenceDataset
+    from ..training.recipe import Recipe
+    from ..training.trainer import TrainResult
 
 HELP = "train one LoRA safety expert from a preference dataset"
 logger = logging.getLogger(__name__)
@@ -50,45 +57,49 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.sample_every < 1:
         raise InputError(f"--sample-every {arguments.sample_every} must be at least 1; leave --samples out for none")
     from ..experts.expert_file import load_expert
+    from ..models.checkpoint import load_checkpoint
     from ..preferences.categories import canonical_category
     from ..preferences.dataset import PreferenceDataset
     from ..training.recipe import load_recipe
 
     category = canonical_category(arguments.category) if arguments.category else None
-    dataset = None
-    if arguments.recipe_from:
-        recipe, category, dataset = _repeat(arguments, category)
-    else:
-        recipe = load_recipe(arguments.recipe, arguments.set)
-    dataset = dataset or PreferenceDataset.open(arguments.dataset)
+    recipe = None if arguments.recipe_from else load_recipe(arguments.recipe, arguments.set)
+    dataset = PreferenceDataset.open(arguments.dataset)
+    checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
+    if recipe is None:
+        recipe, category = _repeat(arguments, category, dataset, checkpoint)
 
+    from ..training.events import TrainingEvents
     from ..training.samples import Samples
     from ..training.trainer import train_expert
     from .stopping import stop_when_asked
-    from .training_progress import Bars, JsonLines, is_main_process, save_samples
+    from .training_progress import JsonLines, TrainingBars, is_main_process, save_samples
 
-    progress = JsonLines() if arguments.json_lines else Bars()
+    progress = JsonLines() if arguments.json_lines else TrainingBars()
 
     def show_samples(samples: Samples) -> None:
         progress.samples(samples, save_samples(samples, arguments.samples))
 
     try:
         with stop_when_asked() as should_stop:
+            events = TrainingEvents(
+                on_resume=progress.resumed,
+                on_step=progress.show,
+                on_samples=show_samples,
+                should_stop=should_stop,
+                sinks=_metrics(arguments, recipe.model_dump(mode="json")),
+                sample_every=arguments.sample_every if arguments.samples else 0,
+            )
             result = train_expert(
-                arguments.model,
+                checkpoint,
                 dataset,
                 recipe,
                 arguments.out,
+                events=events,
                 category=category,
                 device=arguments.device,
-                tokenizer_folder=arguments.tokenizer,
                 with_experts=[load_expert(path) for path in arguments.with_expert],
                 resume=arguments.resume,
-                on_step=progress.show,
-                should_stop=should_stop,
-                metrics=_metrics(arguments, recipe.model_dump()),
-                sample_every=arguments.sample_every if arguments.samples else 0,
-                on_samples=show_samples,
             )
     finally:
         progress.close()
@@ -97,21 +108,26 @@ def run(arguments: argparse.Namespace) -> None:
     if isinstance(progress, JsonLines):
         progress.result(result)
     elif arguments.json:
-        print(json.dumps({"expert": str(result.path), "steps": len(result.records), **result.records[-1]}))
+        taken = {"expert": str(result.path), "step": result.step, "steps": len(result.records)}
+        print(json.dumps(taken | result.records[result.step - 1]))
     elif not result.stopped:
-        print(f"{result.path}: {len(result.records)} steps, {', '.join(result.expert.categories)}")
+        print(f"{result.path}: weights of step {_steps(result)}, {', '.join(result.expert.categories)}")
     if result.stopped:
         raise SafetyExpertsError(
-            f"stopped after {len(result.records)} of {recipe.steps} steps; {result.path} was saved as it is, "
-            "the same command with --resume goes on"
+            f"stopped after {len(result.records)} of {recipe.steps} steps; {result.path} was saved with the weights of "
+            f"step {result.step}, the same command with --resume goes on"
         )
 
 
-def _repeat(arguments: argparse.Namespace, category: str | None):
-    """Return (recipe, category, dataset) of the expert to train again; warn where the result must differ."""
+def _steps(result: "TrainResult") -> str:
+    return f"{result.step}" + (f" of {len(result.records)} taken" if result.step < len(result.records) else "")
+
+
+def _repeat(
+    arguments: argparse.Namespace, category: str | None, dataset: "PreferenceDataset", checkpoint: "Checkpoint"
+) -> "tuple[Recipe, str | None]":
+    """Return (recipe, category) of the expert to train again; warn where the result must differ."""
     from ..experts.expert_file import load_expert
-    from ..models.checkpoint import load_checkpoint
-    from ..preferences.dataset import PreferenceDataset
     from ..training.recipe import recipe_of_expert
 
     expert = load_expert(arguments.recipe_from)
@@ -122,15 +138,14 @@ def _repeat(arguments: argparse.Namespace, category: str | None):
     if len(frozen) != len(arguments.with_expert):
         wanted = " ".join(f"--with-expert {name}.safetensors" for name in frozen) or "no --with-expert"
         raise InputError(f"{arguments.recipe_from} was trained with {len(frozen)} experts in the model: give {wanted}")
-    dataset = PreferenceDataset.open(arguments.dataset)
     differences = {
         "dataset": dataset.fingerprint() != trained.dataset_fingerprint,
-        "model": load_checkpoint(arguments.model).sha256 != expert.info.base_checkpoint.sha256,
+        "model": checkpoint.sha256 != expert.info.base_checkpoint.sha256,
         "recipe": bool(arguments.set) or bool(trained.resumed_with),
     }
     if different := [name for name, differs in differences.items() if differs]:
         logger.warning("the %s differs from what %s was trained with", " and the ".join(different), expert.name)
-    return recipe, category or own_category, dataset
+    return recipe, category or own_category
 
 
 def _metrics(arguments: argparse.Namespace, recipe: dict) -> list:

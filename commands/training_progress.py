@@ -2,13 +2,15 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import write_atomically
+from ..training.events import StepRecord
+from ..training.metrics import Metrics
 from ..training.samples import Samples
-from ..training.trainer import StepRecord, TrainResult
+from ..training.trainer import TrainResult
+from .progress import Bars
 
 
 def is_main_process() -> bool:
@@ -25,31 +27,32 @@ def save_samples(samples: Samples, folder: Path) -> list[Path]:
     return paths
 
 
-class Bars:
+class TrainingBars:
     """One bar for each stage, with loss and accuracy."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._stage = ""
+        self._bars = Bars(is_hidden=False)
 
     def show(self, record: StepRecord) -> None:
-        if self._bar is None or self._stage != record.stage:
-            self.close()
-            self._bar, self._stage = tqdm(total=record.num_steps, desc=record.stage), record.stage
-        self._bar.update(record.step - self._bar.n)
-        if record.metrics:
-            self._bar.set_postfix({name: f"{record.metrics[name]:.3g}" for name in ("loss", "rewards/accuracies")})
+        shown = {"loss": "loss", "accuracy": "rewards/accuracies"}
+        numbers = {name: record.metrics[key] for name, key in shown.items() if key in record.metrics}
+        self._bars.show(record.stage, record.step, record.num_steps, **numbers)
+
+    def resumed(self, records: Sequence[Metrics]) -> None:
+        pass
 
     def samples(self, samples: Samples, paths: list[Path]) -> None:
         pass
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bars.close()
 
 
 class JsonLines:
-    """A line for each step, drawing and the end: what `training.launch` reads of its processes."""
+    """A line for each step, drawing and the end: what `nodes/launch.py` reads of its processes."""
+
+    def resumed(self, records: Sequence[Metrics]) -> None:
+        _print(stage="resumed", records=list(records))
 
     def show(self, record: StepRecord) -> None:
         _print(stage=record.stage, step=record.step, num_steps=record.num_steps, metrics=record.metrics)
@@ -59,7 +62,7 @@ class JsonLines:
         _print(stage="samples", step=samples.step, pictures=pictures)
 
     def result(self, result: TrainResult) -> None:
-        _print(stage="done", expert=str(result.path), stopped=result.stopped, records=result.records)
+        _print(stage="done", expert=str(result.path), step=result.step, stopped=result.stopped, records=result.records)
 
     def close(self) -> None:
         pass

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from ..experts.expert import Expert
-from ..experts.expert_file import load_expert
 from ..files import write_atomically
 from ..preferences.dataset import PreferenceDataset
+from ..training.identity import finished_training
 from ..training.recipe import Recipe, load_recipe
 from ..training.trainer import train_expert
 from .toy_sampling import ToySampler
@@ -79,21 +79,11 @@ def trained(
     """
     path = work / f"{name}.safetensors"
     dataset = dataset or PreferenceDataset.open(work / "pairs")
-    wanted = recipe.model_dump(mode="json"), dataset.fingerprint(), tuple(expert.as_parent() for expert in with_experts)
-    if path.exists() and (made := load_expert(path)).info.trained:
-        trained = made.info.trained
-        if (trained.recipe, trained.dataset_fingerprint, trained.trained_with) == wanted:
-            return made
-    model = sampler()
+    checkpoint = sampler().checkpoint
+    if made := finished_training(path, recipe, dataset, checkpoint, category, with_experts):
+        return made
     return train_expert(
-        model.checkpoint_path,
-        dataset,
-        recipe,
-        path,
-        category=category,
-        device="cpu",
-        tokenizer_folder=model.tokenizer_folder,
-        with_experts=with_experts,
+        checkpoint, dataset, recipe, path, category=category, device="cpu", with_experts=with_experts
     ).expert
 
 

@@ -31,15 +31,13 @@ class ToySampler:
     """Draws prompts with the toy model, alone or with an expert.
 
     Attributes:
-        checkpoint_path: of the toy checkpoint.
-        tokenizer_folder: ComfyUI's, for training on that checkpoint.
+        checkpoint: the toy checkpoint, opened.
         unet: diffusers' UNet, float32; as it was after every call.
     """
 
     def __init__(self) -> None:
-        self.checkpoint_path = ensure_toy_checkpoint()
-        self.tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
-        self._checkpoint = checkpoint = load_checkpoint(self.checkpoint_path, tokenizer_folder=self.tokenizer_folder)
+        tokenizer_folder = find_comfyui() / "comfy" / "sd1_tokenizer"
+        self.checkpoint = checkpoint = load_checkpoint(ensure_toy_checkpoint(), tokenizer_folder=tokenizer_folder)
         self.unet = checkpoint.load_model()
         tune_for_device(self.unet, torch.device("cpu"))
         self._denoiser = checkpoint.make_denoiser(self.unet, torch.bfloat16)
@@ -86,7 +84,7 @@ class ToySampler:
 
         Pairs that are already there are kept, so an interrupted call goes on.
         """
-        base = CheckpointId(name=self._checkpoint.name, sha256=self._checkpoint.sha256, family=self._checkpoint.family)
+        base = CheckpointId(name=self.checkpoint.name, sha256=self.checkpoint.sha256, family=self.checkpoint.family)
         dataset = PreferenceDataset.create(folder, DatasetInfo(base, {"steps": STEPS, "cfg": CFG}, "toy world", ""))
         prompt_pairs = expand_taxonomy(taxonomy(list(categories), pairs_per_category))
         missing = [pair for pair in prompt_pairs if pair.id not in dataset.ids]

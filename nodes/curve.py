@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageOps
 
+from ..training.events import StepRecord
 from ..training.samples import Samples
-from ..training.trainer import StepRecord
 
 WIDTH_PX, PANEL_PX, MARGIN_PX = 384, 128, 20
 COLOURS = ("#f2a33c", "#4ea8de", "#7bc96f")

@@ -159,11 +159,10 @@ def _fit(experts, method: dict) -> list[float]:
     with host.training_on_device() as device:
         strengths = fit_strengths(
             experts,
-            base_models.find(method["checkpoint"], method["dataset"]),
+            host.open_checkpoint(base_models.find(method["checkpoint"], method["dataset"])),
             method["dataset"],
             recipe,
             device=device,
-            tokenizer_folder=host.clip_tokenizer_folder(),
             on_step=progress.show,
             should_stop=progress.is_cancelled,
         )

@@ -4,11 +4,12 @@ import logging
 
 from comfy_api.latest import io
 
-from ..training.launch import train_in_processes
+from ..training.events import StepRecord, TrainingEvents
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
-from ..training.trainer import StepRecord, TrainingStoppedError, resume_path, train_expert
+from ..training.trainer import TrainingStoppedError, resume_path, train_expert
 from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
+from .launch import train_in_processes
 
 logger = logging.getLogger(__name__)
 
@@ -139,40 +140,47 @@ class SafetyExpertsTrain(io.ComfyNode):
         category = sockets.one_category(category, own_category)
         dataset.training_pairs(category)  # says at once when there are none of the category
         path = host.fresh_expert_path(expert_name)
-        checkpoint_path = base_models.find(checkpoint, dataset)
+        checkpoint = host.open_checkpoint(base_models.find(checkpoint, dataset))
         unfinished = resume_path(host.previous_expert_path(path))
         resume = resume and unfinished.exists()
         if resume:
             unfinished.replace(resume_path(path))
         progress, picture = host.PatientProgress(recipe.steps), TrainingPicture()
 
+        def on_resume(records) -> None:
+            for step, metrics in enumerate(records, start=1):
+                picture.add_step(StepRecord("train", step, recipe.steps, dict(metrics)))
+
         def on_step(record: StepRecord) -> None:
             if record.stage == "train":
                 picture.add_step(record)
             progress.show(record.step, record.num_steps, picture.draw if record.stage == "train" else None)
 
-        options = {
-            "category": category,
-            "tokenizer_folder": host.clip_tokenizer_folder(),
-            "resume": resume,
-            "on_step": on_step,
-            "should_stop": progress.is_cancelled,
-            "sample_every": sample_every,
-            "on_samples": picture.add_samples,
-        }
+        events = TrainingEvents(
+            on_resume=on_resume,
+            on_step=on_step,
+            on_samples=picture.add_samples,
+            should_stop=progress.is_cancelled,
+            sample_every=sample_every,
+        )
+        options = {"events": events, "category": category, "resume": resume}
         with host.training_on_device() as device:
             try:
                 if processes > 1:
-                    result = train_in_processes(
-                        processes, checkpoint_path, dataset.folder, recipe, path, device=device, **options
-                    )
+                    result = train_in_processes(processes, checkpoint, dataset, recipe, path, device=device, **options)
                 else:
-                    result = train_expert(checkpoint_path, dataset, recipe, path, device=device, **options)
+                    result = train_expert(checkpoint, dataset, recipe, path, device=device, **options)
             except TrainingStoppedError:
                 progress.raise_cancel()
                 raise
         name = host.expert_name(result.path)
         if result.stopped:
-            logger.warning("Cancelled after %d of %d steps; saved as %s", len(result.records), recipe.steps, name)
+            logger.warning(
+                "Cancelled after %d of %d steps; step %d saved as %s",
+                len(result.records),
+                recipe.steps,
+                result.step,
+                name,
+            )
         progress.raise_cancel()
         return io.NodeOutput(result.expert.state_dict(), {"loss": result.losses}, name)

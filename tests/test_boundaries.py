@@ -22,7 +22,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo", "toy"},
     "nodes": {"preferences", "experts", "models", "training", "guards", "evaluation"},
 }
-SHARED = {"checkpoint_id", "endpoint", "errors", "files", "plain_yaml", "seeding", "tensor_file", "typed"}
+SHARED = {
+    "checkpoint_id",
+    "devices",
+    "endpoint",
+    "errors",
+    "files",
+    "key_values",
+    "plain_yaml",
+    "seeding",
+    "tensor_file",
+    "typed",
+}
 LIBRARY_FILES = sorted(
     [ROOT / f"{name}.py" for name in ("__init__", *SHARED)]
     + [path for room in MAY_IMPORT if room != "nodes" for path in (ROOT / room).rglob("*.py")]

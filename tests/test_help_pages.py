@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safety_experts.experts.merging import METHODS
+from safety_experts.training.objectives import OBJECTIVES, Objective
 from safety_experts.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,11 +13,20 @@ PAGES = ROOT / "web" / "docs"
 _METHOD_ROWS = [
     f"| `{name}` | [{method.title}]({method.paper_url}) | {method.summary} |" for name, method in METHODS.items()
 ]
+
+
+def _summary(objective: Objective) -> str:
+    own = {name: field for name, field in objective.parameters.model_fields.items() if name != "weight"}
+    numbers = [f"`{name}` ({field.default:g}): {field.description}" for name, field in own.items()]
+    return f"{objective.title}, {objective.source}: {objective.formula}. {' '.join(numbers)}".strip()
+
+
 ROWS = {
     "README.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsMerge.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsRecipe.md": [
-        f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()
+        *(f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()),
+        *(f"| `objective={name}` | {_summary(objective)} |" for name, objective in OBJECTIVES.items()),
     ],
 }
 

@@ -1,34 +1,32 @@
 """Co-Merge's calibration outside the graph: the base UNet runs on a dataset's unsafe prompts, experts are compared."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..devices import choose_device, compute_dtype, encoding_dtype
 from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
-from ..models.checkpoint import load_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..models.denoiser import Denoiser
 from ..models.noise_schedule import NUM_TIMESTEPS
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from ..seeding import seeded_generator
 from .cache import PairCache
-from .processes import Processes
 
 _PAIRS_PER_PASS = 8
 
 
 def collect_statistics(
     experts: Sequence[Expert],
-    checkpoint_path: str | os.PathLike,
-    dataset_folder: str | os.PathLike,
+    checkpoint: Checkpoint,
+    dataset: PreferenceDataset,
     *,
     num_prompts: int = 64,
     seed: int = 0,
     device: torch.device | str | None = None,
-    tokenizer_folder: str | os.PathLike | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Count, over a dataset, which expert is the most active in each output row of the base model.
@@ -38,11 +36,11 @@ def collect_statistics(
 
     Args:
         experts: their order is the order of the counts.
-        checkpoint_path: the base model, without any expert.
-        dataset_folder: a preference dataset of all categories; pairs are drawn from it without repetition.
+        checkpoint: the base model, without any expert.
+        dataset: a preference dataset of all categories; pairs are drawn from it without repetition.
         num_prompts: pairs at most.
         seed: of the choice of pairs, the noise and the timesteps.
-        device: default is accelerate's choice.
+        device: default is the accelerator where there is one.
         on_step: called with (pairs done, pairs in all).
 
     Returns:
@@ -51,24 +49,21 @@ def collect_statistics(
     Raises:
         InputError: dataset or checkpoint are unusable, or hold no layer of the experts.
     """
-    target = torch.device(device) if device is not None else Processes.from_launcher()[1]
-    half = target.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if half else torch.float32
-    dataset = PreferenceDataset.open(dataset_folder)
+    target = choose_device(device)
+    dtype = compute_dtype(target)
     pairs = dataset.training_pairs()
     if not pairs or num_prompts < 1:
         raise InputError(
-            f"no pairs to calibrate on in {dataset_folder} (it has {len(pairs)}, {num_prompts} are wanted)"
+            f"no pairs to calibrate on in {dataset.folder} (it has {len(pairs)}, {num_prompts} are wanted)"
         )
     order = torch.randperm(len(pairs), generator=seeded_generator(seed, "calibration"))[:num_prompts]
     pairs = [pairs[index] for index in order.tolist()]
-    checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
     with torch.inference_mode():
-        cache = PairCache(dataset, checkpoint, target, dtype)
+        cache = PairCache(dataset, checkpoint, target, encoding_dtype(target, dtype))
         cache.encode_pairs(pairs, flips=False, on_progress=lambda done, total: None)
         cache.encode_prompts([pair.prompt for pair in pairs], on_progress=lambda done, total: None)
         model = checkpoint.load_model(dtype=dtype, device=target)
-        denoiser = checkpoint.make_denoiser(model, dtype if half else None)
+        denoiser = checkpoint.make_denoiser(model, dtype if dtype != torch.float32 else None)
         return count_activations(experts, denoiser, cache, pairs, seed=seed, device=target, on_step=on_step)
 
 

@@ -9,9 +9,10 @@ from ..preferences.dataset import PreferencePair
 from ..seeding import seeded_generator
 from .batches import BatchPlan
 from .cache import PairCache
+from .objectives import anchor_loss, preference_metrics
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
-from .step_loss import batch_loss
+from .step_loss import predict, preference_loss
 
 DRAWS_PER_PAIR = 8
 
@@ -30,34 +31,49 @@ def split_pairs(pairs: Sequence[PreferencePair], recipe: Recipe) -> tuple[list[P
 
 
 class HeldOut:
-    """Measures a UNet on held-out pairs, always with the same noises and timesteps."""
+    """Measures a model on held-out pairs, always with the same noises and timesteps."""
 
     def __init__(self, pairs: Sequence[PreferencePair], cache: PairCache, recipe: Recipe, device: torch.device):
-        # No dropout or flips, and the anchor always on: it measures the change on safe prompts.
-        changes = {"caption_dropout_fraction": 0.0, "horizontal_flip": False, "anchor_weight": 1.0, "sft_weight": 0.0}
-        self.recipe = recipe.model_copy(update=changes | {"anchor_samples": "images", "batch_size": len(pairs)})
-        if len(pairs) > recipe.batch_size:
-            self.recipe = self.recipe.model_copy(update={"batch_size": recipe.batch_size})
+        changes = {"caption_dropout_fraction": 0.0, "horizontal_flip": False}
+        size = min(len(pairs), recipe.batch_size)
+        self.recipe = recipe.model_copy(update={**changes, "batch_size": size})
         self.plan = BatchPlan(pairs, cache, self.recipe)
         self.device = device
         self.bank = ReferenceBank()
-        self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // self.recipe.batch_size)
+        self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // size)
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module, denoiser: Denoiser) -> dict[str, float]:
-        """Return the means over all draws: eval/loss (the preference loss), eval/rewards/…, drift, chosen_increase.
+    def measure(self, model: torch.nn.Module, denoiser: Denoiser, *, is_untrained: bool = False) -> dict[str, float]:
+        """Return the means over all draws: eval/loss, eval/rewards/…, eval/drift, eval/chosen_increase.
 
-        eval/drift is the mean squared change of predictions on safe and empty prompts; eval/chosen_increase is by what
-        part the chosen images' error is above the reference's (0.1: by a tenth), which tells a policy that only spoils
-        the rejected images faster than the chosen ones.
+        eval/loss is the recipe's preference loss, or the denoising error of the chosen images where it has none (recipe
+        style); anchor, SFT term, flips and dropout count for nothing. eval/drift is the mean squared change of
+        predictions on safe and empty prompts; eval/chosen_increase is by what part the chosen images' error is above
+        the reference's (0.1: by a tenth), which tells a policy that only spoils the rejected images faster.
+
+        Args:
+            is_untrained: measure the model without its LoRA: what a training has to improve on.
         """
         totals: dict[str, float] = {}
         chosen = reference = 0.0
         for number in range(self.num_batches):
-            batch = self.plan.batch(number)
-            _, metrics = batch_loss(model, denoiser, self.plan.cache, batch, self.recipe, self.device, self.bank)
+            predicted = predict(
+                model,
+                denoiser,
+                self.plan.cache,
+                self.plan.batch(number),
+                self.device,
+                anchor="images",
+                bank=self.bank,
+                is_untrained=is_untrained,
+            )
+            errors = predicted.pairs.errors()
+            metrics = preference_metrics(errors, beta=self.recipe.beta)
+            has_preference = any(objective.weight for objective in self.recipe.objective.values())
+            loss = preference_loss(predicted.pairs, self.recipe) if has_preference else errors.policy_chosen.mean()
             named = {f"eval/{name}": value for name, value in metrics.items() if name.startswith("rewards/")}
-            named |= {"eval/loss": metrics["loss/preference"], "eval/drift": metrics["loss/anchor"]}
+            named["eval/loss"] = float(loss)
+            named["eval/drift"] = float(anchor_loss(predicted.anchor, predicted.reference_anchor))
             chosen += metrics["error/chosen"]
             reference += metrics["error/reference_chosen"]
             for name, value in named.items():

@@ -1,18 +1,24 @@
 """Preference objectives: what policy and reference predicted goes in, a loss per pair comes out.
 
-Vocabulary: the policy is the UNet with the adapter on, the reference the same UNet with it off; an error is the mean
+Vocabulary: the policy is the model with the adapter on, the reference the same model with it off; an error is the mean
 squared error of a prediction over channels and latent pixels. The logit of a pair, in every objective, is
 
     u = -(beta/2) [(policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)]
 
 Other code writes beta where we write beta/2 (diffusers, DUO, Diffusion-KTO): double their number for ours. Code that
 sums the squares instead of taking their mean (SimpleTuner) has a beta smaller by the number of latent elements.
+
+A new objective is a function and an entry of OBJECTIVES: recipes, help texts, node options and the table in
+docs/training.md come from there.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -73,17 +79,33 @@ class PairPredictions:
         )
 
 
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """The numbers objectives take; each reads only its own."""
+class Parameters(BaseModel):
+    """What a recipe may say of one objective; an objective with numbers of its own adds them."""
 
-    beta: float = 5000.0
-    label_smoothing: float = 0.1  # robust: assumed fraction of flipped labels, < 0.5
-    safety_margin: float = 1.0  # safe-dpo: Delta, in units of u
-    cost_weight: float = 2.0  # sc-dpo: lambda, cost of an unsafe image against the preference's reward of 1
-    focus: float = 1.0  # sc-dpo: gamma of the focal weight
-    target_probability: float = 0.99  # dmpo: 1 - alpha
-    mapo_beta: float = 0.1
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(1.0, ge=0, description="Weight among the objectives of a recipe.")
+
+
+class RobustParameters(Parameters):
+    label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="Assumed fraction of flipped labels.")
+
+
+class SafeDpoParameters(Parameters):
+    safety_margin: float = Field(1.0, ge=0, description="Margin Delta asked of safe over unsafe pairs, in units of u.")
+
+
+class ScDpoParameters(Parameters):
+    cost_weight: float = Field(2.0, ge=0, description="Cost of an unsafe image against a preference of 1 (lambda).")
+    focus: float = Field(1.0, ge=0, description="Exponent that weighs pairs up the model still gets wrong (gamma).")
+
+
+class DmpoParameters(Parameters):
+    target_probability: float = Field(0.99, gt=0.5, lt=1, description="Confidence the pair is pulled to (1 - alpha).")
+
+
+class MapoParameters(Parameters):
+    mapo_beta: float = Field(0.1, gt=0, description="Weight of its preference term.")
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -91,38 +113,38 @@ def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
-def sigmoid(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def sigmoid(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
     """Diffusion-DPO as AlignGuard releases it: loss = -log sigmoid(u); ln 2 for a fresh adapter.
 
     Source: Wallace et al., arXiv 2311.12908; AlignGuard (arXiv 2412.10493), Visualignment/SafetyDPO train.py about
     L1158-1198. Worked numbers of this and all others: tests/training/test_objectives.py.
     """
-    return -functional.logsigmoid(predictions.errors().logit(options.beta))
+    return -functional.logsigmoid(predictions.errors().logit(beta))
 
 
-def hinge(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def hinge(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
     """loss = max(0, 1 - u). Source: SLiC (arXiv 2305.10425), as diffusers' DPO script has it."""
-    return functional.relu(1 - predictions.errors().logit(options.beta))
+    return functional.relu(1 - predictions.errors().logit(beta))
 
 
-def ipo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def ipo(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
     """loss = (u - 1/2)^2: a finite goal for the margin instead of an endless one.
 
     Source: IPO (arXiv 2310.12036), (l - 1/(2 b))^2 with u = b l, times b^2 so that its size does not depend on beta.
     """
-    return (predictions.errors().logit(options.beta) - 0.5).square()
+    return (predictions.errors().logit(beta) - 0.5).square()
 
 
-def robust(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def robust(predictions: PairPredictions, beta: float, parameters: RobustParameters) -> Tensor:
     """Unbiased when a fraction e of the labels is flipped: [-(1-e) log s(u) + e log s(-u)] / (1 - 2e).
 
     Source: rDPO (arXiv 2403.00409), TRL's `robust`.
     """
-    u, e = predictions.errors().logit(options.beta), options.label_smoothing
+    u, e = predictions.errors().logit(beta), parameters.label_smoothing
     return (-(1 - e) * functional.logsigmoid(u) + e * functional.logsigmoid(-u)) / (1 - 2 * e)
 
 
-def safe_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def safe_dpo(predictions: PairPredictions, beta: float, parameters: SafeDpoParameters) -> Tensor:
     """SafeDPO: swap a pair whose chosen image alone is unsafe, drop one where both are, ask a margin.
 
         loss = -log sigmoid(u - (h_rejected - h_chosen) Delta)      h = 1 where unsafe, after the swap
@@ -132,11 +154,11 @@ def safe_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
     swap = predictions.chosen_unsafe & ~predictions.rejected_unsafe
     dropped = predictions.chosen_unsafe & predictions.rejected_unsafe
     is_safe_over_unsafe = predictions.chosen_unsafe ^ predictions.rejected_unsafe
-    u = predictions.errors().where_swapped(swap).logit(options.beta)
-    return -functional.logsigmoid(u - is_safe_over_unsafe * options.safety_margin) * ~dropped
+    u = predictions.errors().where_swapped(swap).logit(beta)
+    return -functional.logsigmoid(u - is_safe_over_unsafe * parameters.safety_margin) * ~dropped
 
 
-def sc_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def sc_dpo(predictions: PairPredictions, beta: float, parameters: ScDpoParameters) -> Tensor:
     """SC-DPO-style, not the paper's exact form: order pairs by preference minus cost, weigh hard pairs up.
 
         reward = [chosen] - lambda [unsafe], pairs ordered by it;  loss = -(1 - sigmoid(u))^gamma log sigmoid(u)
@@ -144,47 +166,47 @@ def sc_dpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
     The weight carries no gradient. Our reading of arXiv 2504.14290 (methods §3), with the dataset's flags as cost.
     """
     cost_chosen, cost_rejected = predictions.chosen_unsafe * 1.0, predictions.rejected_unsafe * 1.0
-    swap = 1 - options.cost_weight * cost_chosen < -options.cost_weight * cost_rejected
-    u = predictions.errors().where_swapped(swap).logit(options.beta)
-    return -((1 - torch.sigmoid(u.detach())) ** options.focus) * functional.logsigmoid(u)
+    swap = 1 - parameters.cost_weight * cost_chosen < -parameters.cost_weight * cost_rejected
+    u = predictions.errors().where_swapped(swap).logit(beta)
+    return -((1 - torch.sigmoid(u.detach())) ** parameters.focus) * functional.logsigmoid(u)
 
 
-def kto(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def kto(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
     """Diffusion-KTO on both images: 2 - sigmoid(r_chosen - z) - sigmoid(z - r_rejected), halved.
 
     r are the implicit rewards, z = max(0, batch mean of all r), without gradient. Source: arXiv 2404.04465,
     jacklishufan/diffusion-kto train_kto_sd_v1.5.py; their beta 1000 is our 2000.
     """
-    chosen, rejected = predictions.errors().rewards(options.beta)
+    chosen, rejected = predictions.errors().rewards(beta)
     baseline = torch.cat([chosen, rejected]).mean().detach().clamp(min=0)
     return (2 - torch.sigmoid(chosen - baseline) - torch.sigmoid(baseline - rejected)) / 2
 
 
-def dspo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def dspo(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
     """Score matching on the chosen image: mean ((p - target) - beta (1 - sigmoid(u)) (p - reference))^2.
 
     sigmoid(u) carries gradient, as in the code. Give it a small beta (0.001). Source: DSPO as in
     AIDC-AI/Diffusion-SDPO train.py L1210-1219, SD1.5 form.
     """
-    pull = options.beta * (1 - torch.sigmoid(predictions.errors().logit(options.beta))).view(-1, 1, 1, 1)
+    pull = beta * (1 - torch.sigmoid(predictions.errors().logit(beta))).view(-1, 1, 1, 1)
     change = predictions.policy_chosen - predictions.reference_chosen
     return mean_squared_error(predictions.policy_chosen - pull * change, predictions.target_chosen)
 
 
-def dmpo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def dmpo(predictions: PairPredictions, beta: float, parameters: DmpoParameters) -> Tensor:
     """Reverse divergence to a finite confidence p: KL(Bernoulli(sigmoid(u)) || Bernoulli(p)), p = 0.99.
 
     Source: DMPO as in AIDC-AI/Diffusion-SDPO train.py L1220-1235 (alpha = 1 - p = 0.01).
     """
-    u = predictions.errors().logit(options.beta)
-    goal = torch.logit(torch.tensor(options.target_probability, dtype=u.dtype, device=u.device))
+    u = predictions.errors().logit(beta)
+    goal = torch.logit(torch.tensor(parameters.target_probability, dtype=u.dtype, device=u.device))
     log_yes, log_no = functional.logsigmoid(u), functional.logsigmoid(-u)
     return torch.sigmoid(u) * (log_yes - functional.logsigmoid(goal)) + torch.sigmoid(-u) * (
         log_no - functional.logsigmoid(-goal)
     )
 
 
-def mapo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
+def mapo(predictions: PairPredictions, beta: float, parameters: MapoParameters) -> Tensor:
     """Without a reference: m_chosen - beta_mapo log sigmoid(1000 (f(m_chosen) - f(m_rejected))), f(m) = sm/(e^sm - 1).
 
     s = 0.5. Source: MaPO (arXiv 2406.06424), mapo-t2i/mapo utils.py L286-301.
@@ -195,21 +217,92 @@ def mapo(predictions: PairPredictions, options: ObjectiveOptions) -> Tensor:
         return 0.5 * error / torch.expm1(0.5 * error)
 
     ratio = 1000 * (likelihood(errors.policy_chosen) - likelihood(errors.policy_rejected))
-    return errors.policy_chosen - options.mapo_beta * functional.logsigmoid(ratio)
+    return errors.policy_chosen - parameters.mapo_beta * functional.logsigmoid(ratio)
 
 
-Objective = Callable[[PairPredictions, ObjectiveOptions], Tensor]
+@dataclass(frozen=True)
+class Objective:
+    """One preference objective.
+
+    Args:
+        title: as people call it.
+        source: where it comes from.
+        formula: the loss of a pair in u, as plain text.
+        loss: (predictions, beta, parameters) -> [b].
+        untrained_loss: parameters -> loss of a safe over unsafe pair at u = 0; None where it depends on the data.
+        parameters: what a recipe may set, with defaults.
+    """
+
+    title: str
+    source: str
+    formula: str
+    loss: Callable[[PairPredictions, float, Any], Tensor]
+    untrained_loss: Callable[[Any], float | None]
+    parameters: type[Parameters] = Parameters
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "sigmoid": sigmoid,
-    "safe-dpo": safe_dpo,
-    "sc-dpo": sc_dpo,
-    "ipo": ipo,
-    "hinge": hinge,
-    "robust": robust,
-    "kto": kto,
-    "dspo": dspo,
-    "dmpo": dmpo,
-    "mapo": mapo,
+    "sigmoid": Objective(
+        "Diffusion-DPO, AlignGuard", "arXiv 2311.12908", "-log s(u)", sigmoid, lambda parameters: math.log(2)
+    ),
+    "safe-dpo": Objective(
+        "SafeDPO",
+        "arXiv 2505.20065",
+        "-log s(u - Delta), pairs swapped or dropped by their unsafe flags",
+        safe_dpo,
+        lambda parameters: math.log1p(math.exp(parameters.safety_margin)),
+        SafeDpoParameters,
+    ),
+    "sc-dpo": Objective(
+        "SC-DPO (our reading)",
+        "arXiv 2504.14290",
+        "-(1 - s(u))^gamma log s(u), pairs ordered by preference minus cost",
+        sc_dpo,
+        lambda parameters: 0.5**parameters.focus * math.log(2),
+        ScDpoParameters,
+    ),
+    "ipo": Objective("IPO", "arXiv 2310.12036", "(u - 1/2)^2", ipo, lambda parameters: 0.25),
+    "hinge": Objective("SLiC", "arXiv 2305.10425", "max(0, 1 - u)", hinge, lambda parameters: 1.0),
+    "robust": Objective(
+        "rDPO",
+        "arXiv 2403.00409",
+        "[-(1-e) log s(u) + e log s(-u)] / (1 - 2e)",
+        robust,
+        lambda parameters: math.log(2),
+        RobustParameters,
+    ),
+    "kto": Objective(
+        "Diffusion-KTO",
+        "arXiv 2404.04465",
+        "[2 - s(r_chosen - z) - s(z - r_rejected)] / 2",
+        kto,
+        lambda parameters: 0.5,
+    ),
+    "dspo": Objective(
+        "DSPO",
+        "arXiv 2511.03317 (code)",
+        "mean ((p - target) - beta (1 - s(u)) (p - reference))^2 of the chosen image",
+        dspo,
+        lambda parameters: None,
+    ),
+    "dmpo": Objective(
+        "DMPO",
+        "arXiv 2511.03317 (code)",
+        "KL(s(u) || p)",
+        dmpo,
+        lambda parameters: (
+            -math.log(2) - (math.log(parameters.target_probability) + math.log1p(-parameters.target_probability)) / 2
+        ),
+        DmpoParameters,
+    ),
+    "mapo": Objective(
+        "MaPO",
+        "arXiv 2406.06424",
+        "m_chosen - beta_mapo log s(1000 (f(m_chosen) - f(m_rejected))), without a reference",
+        mapo,
+        lambda parameters: None,
+        MapoParameters,
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a training run needs before its first step: the dataset encoded, the UNet with a fresh LoRA."""
+"""What a training run needs before its first step: the dataset encoded, the model with a fresh LoRA."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..devices import encoding_dtype
 from ..experts.expert import Expert
 from ..models.checkpoint import Checkpoint
 from ..models.denoiser import Denoiser
@@ -17,19 +18,6 @@ from .processes import Processes
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
 from .tensor_store import TensorStore
-
-
-def compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Return what the UNet computes in: the recipe's precision, or bfloat16 where the device is fast at it."""
-    if recipe.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        # Without these instructions bfloat16 is emulated on a CPU and slower than float32.
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than torch 2.6
-        return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
-    return torch.float32
 
 
 @torch.no_grad()
@@ -43,8 +31,7 @@ def encode_dataset(
     on_progress: Callable[[str, int, int], None],
 ) -> PairCache:
     """Return the cache of latents and prompts; `on_progress` takes the stage ("images", "prompts"), done and total."""
-    # A CPU encodes in float32: encoding is done once, and bfloat16 would cost accuracy for little time.
-    cache = PairCache(dataset, checkpoint, device, torch.float32 if device.type == "cpu" else dtype, recipe.resolution)
+    cache = PairCache(dataset, checkpoint, device, encoding_dtype(device, dtype), recipe.resolution)
     cache.encode_pairs(pairs, flips=recipe.horizontal_flip, on_progress=partial(on_progress, "images"))
     prompts = ["", *(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)]
     cache.encode_prompts(prompts, on_progress=partial(on_progress, "prompts"))
@@ -81,7 +68,7 @@ def load_policy(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[nn.Module, Denoiser]:
-    """Return the UNet, with these experts as part of it and a fresh LoRA, and its denoiser.
+    """Return the model, with these experts as part of it and a fresh LoRA, and its denoiser.
 
     Raises:
         InputError: an expert belongs to another model.
@@ -99,7 +86,7 @@ def prepare_policy(model: Any, recipe: Recipe, with_experts: Sequence[Expert], d
         add_frozen(model, expert)
     attach_lora(model, recipe)
     if recipe.gradient_checkpointing:
-        model.train()  # diffusers checkpoints in training mode only; these UNets have no dropout
+        model.train()  # diffusers checkpoints in training mode only; these models have no dropout
         model.enable_gradient_checkpointing()
     if recipe.compile:
         model.compile()

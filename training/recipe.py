@@ -6,20 +6,52 @@ Shipped recipes are the YAML files in `recipes/`; `load_recipe` takes one of the
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from ..errors import InputError, did_you_mean
 from ..experts.expert import Expert
+from ..key_values import parse_key_values
 from ..plain_yaml import load_yaml
+from .objectives import OBJECTIVES, Parameters
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
-ObjectiveName = Literal[
-    "sigmoid", "safe-dpo", "sc-dpo", "ipo", "hinge", "robust", "kto", "dspo", "dmpo", "mapo"
-]  # the keys of objectives.OBJECTIVES, spelt out for the type checker (compared in tests)
+def _read_objectives(value: Any) -> dict[str, Parameters]:
+    """Return the parameters of each objective, from a name, name -> weight, or name -> parameters."""
+    chosen = {value: {}} if isinstance(value, str) else value
+    if not isinstance(chosen, dict):
+        raise ValueError("must be the name of an objective, or `name: {parameter: value}` lines")
+    objectives, known = {}, ", ".join(OBJECTIVES)
+    for name, given in chosen.items():
+        if name not in OBJECTIVES:
+            raise ValueError(f"unknown objective {name!r}{did_you_mean(str(name), OBJECTIVES) or f'; known: {known}'}")
+        kind = OBJECTIVES[name].parameters
+        values = {"weight": given} if isinstance(given, int | float) else given or {}
+        values = values.model_dump() if isinstance(values, Parameters) else values
+        try:
+            objectives[name] = kind.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {_in_words(error, kind)}") from error
+    return objectives
+
+
+def _in_words(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return a validation error as one line that names each wrong field."""
+    problems = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            remedy = did_you_mean(field, model.model_fields) or f"; known: {', '.join(model.model_fields)}"
+            problems.append(f"unknown field {field!r}{remedy}")
+        elif item["type"] == "value_error":
+            problems.append(f"{field}: {message}" if field else message)
+        else:
+            problems.append(f"{field}: {message}, got {reprlib.repr(item['input'])}" if field else message)
+    return "; ".join(problems)
 
 
 class Recipe(BaseModel):
@@ -27,12 +59,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    objective: Annotated[
-        dict[ObjectiveName, float], BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value)
-    ] = Field(
-        {"sigmoid": 1.0},
-        min_length=1,
-        description="Preference loss: sigmoid is Diffusion-DPO / AlignGuard; a mapping mixes several by weight.",
+    name: str = Field("", max_length=200, description="What the recipe is called; a shipped one's name.")
+    objective: Annotated[dict[str, SerializeAsAny[Parameters]], BeforeValidator(_read_objectives)] = Field(
+        {"sigmoid": Parameters()},
+        description=f"Preference loss: {', '.join(OBJECTIVES)}; or a mapping, which mixes several and sets their "
+        "parameters: {kto: {weight: 1}}; {} is none.",
     )
     beta: float = Field(
         5000.0, gt=0, description="Pull towards the base model, for the logit (beta/2) x mean squared error difference."
@@ -43,12 +74,6 @@ class Recipe(BaseModel):
         lt=0.5,
         description="Lower beta from step to step so that pairs pull with this share of the full gradient, say 0.2.",
     )
-    label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="robust: assumed fraction of flipped labels.")
-    safety_margin: float = Field(1.0, ge=0, description="safe-dpo: margin Delta asked of safe over unsafe pairs.")
-    cost_weight: float = Field(2.0, ge=0, description="sc-dpo: cost of an unsafe image against a preference of 1.")
-    focus: float = Field(1.0, ge=0, description="sc-dpo: exponent that weighs pairs up the model still gets wrong.")
-    target_probability: float = Field(0.99, gt=0.5, lt=1, description="dmpo: confidence the pair is pulled to.")
-    mapo_beta: float = Field(0.1, gt=0, description="mapo: weight of its preference term.")
     winner_preserving: float | None = Field(
         None, ge=0, le=1, description="Diffusion-SDPO's mu: scale the rejected gradient so the chosen cannot get worse."
     )
@@ -71,6 +96,11 @@ class Recipe(BaseModel):
     anchor_samples: Literal["images", "noise"] = Field(
         "images",
         description="Anchor on noisy chosen images, or on pure noise at the last timestep under no prompt (DUO).",
+    )
+    anchor_every: int = Field(
+        1,
+        ge=1,
+        description="Compute the anchor in every so many forward passes only, weighing as many times as much: cheaper.",
     )
     anchor_empty_fraction: float = Field(
         0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt instead of the safe one."
@@ -144,6 +174,16 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def objective_name(self) -> str:
+        """The objectives in words, such as "sigmoid" or "sigmoid + 0.5 mapo"."""
+        weights = {name: chosen.weight for name, chosen in self.objective.items() if chosen.weight}
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()) or "none"
+
+    def anchor_weight_at(self, number: int) -> float:
+        """Return the weight of the anchor in forward pass `number` (from 0); its mean over many is anchor_weight."""
+        return 0.0 if number % self.anchor_every else self.anchor_weight * self.anchor_every
+
+    @property
     def lora_alpha(self) -> float:
         return float(self.rank if self.alpha is None else self.alpha)
 
@@ -170,7 +210,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InputError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"{path} must hold `field: value` lines, got {type(values).__name__}")
-    return make_recipe({"name": path.stem} | values | _parse_overrides(overrides), source=str(name_or_path))
+    values = {"name": path.stem, **values, **_parse_overrides(overrides)}
+    return make_recipe(_upgraded(values), source=str(name_or_path))
 
 
 def recipe_of_expert(expert: Expert, overrides: Sequence[str] = ()) -> tuple[Recipe, str | None]:
@@ -185,18 +226,41 @@ def recipe_of_expert(expert: Expert, overrides: Sequence[str] = ()) -> tuple[Rec
             f"{expert.name} holds no recipe: give an expert that `train` made, not a merged or a plain LoRA"
         )
     categories = expert.categories
-    recipe = make_recipe(trained.recipe | _parse_overrides(overrides), source=f"of {expert.name}")
+    values = _upgraded(trained.recipe, drop_unused=True) | _parse_overrides(overrides)
+    recipe = make_recipe(_upgraded(values), source=f"of {expert.name}")
     return recipe, categories[0] if len(categories) == 1 else None
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    values = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise InputError(f"override {override!r} is not of the form key=value")
-        values[key.strip()] = _parse_value(text)
+def read_recipe(values: dict, *, source: str) -> Recipe:
+    """Build a recipe from what an expert's metadata or a training state hold, of this version or an older one."""
+    return make_recipe(_upgraded(values, drop_unused=True), source=source)
+
+
+def _upgraded(values: dict, *, drop_unused: bool = False) -> dict:
+    """Return a recipe of version 1, which had the objectives' parameters beside them, as one of now.
+
+    Args:
+        drop_unused: version 1 wrote the parameters of all objectives into metadata; leave out those of others.
+    """
+    values = dict(values)
+    objective = values.get("objective", "sigmoid")
+    chosen: Any = {objective: {}} if isinstance(objective, str) else objective
+    if not isinstance(chosen, dict):
+        return values
+    for name, kind in OBJECTIVES.items():
+        for field in kind.parameters.model_fields.keys() & values.keys():
+            if name in chosen:
+                given = chosen[name]
+                own = {"weight": given} if isinstance(given, int | float) else given or {}
+                chosen = {**chosen, name: {**own, field: values.pop(field)}}
+                values["objective"] = chosen
+            elif drop_unused:
+                del values[field]
     return values
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+    return {key: _parse_value(text) for key, text in parse_key_values(overrides).items()}
 
 
 def _parse_value(text: str) -> object:
@@ -215,14 +279,4 @@ def make_recipe(values: dict, *, source: str) -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            field = ".".join(str(part) for part in item["loc"] if part != "[key]") or "recipe"
-            if item["type"] == "extra_forbidden":
-                remedy = did_you_mean(field, Recipe.model_fields) or "; the help of Training Recipe lists all"
-                problems.append(f"unknown field {field!r}{remedy}")
-            else:
-                problems.append(
-                    f"{field}: {item['msg']}, got {reprlib.repr(item['input'])}" if item["loc"] else item["msg"]
-                )
-        raise InputError(f"recipe {source}: {'; '.join(problems)}") from error
+        raise InputError(f"recipe {source}: {_in_words(error, Recipe)}") from error

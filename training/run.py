@@ -46,7 +46,7 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 
 
 class TrainingRun:
-    """Takes optimizer steps on a UNet that carries a LoRA (see lora.attach_lora).
+    """Takes optimizer steps on a model that carries a LoRA (see lora.attach_lora).
 
     Args:
         parameters: what to train by name, where that is not the LoRA's own weights.
@@ -56,6 +56,7 @@ class TrainingRun:
         records: metrics of each step, one dict a step.
         average: what an expert of this step is made of, by parameter name; the weights themselves at ema_decay 0.
         changes: steps at which the run was resumed with other options.
+        untrained: what the held-out pairs measure without the LoRA; empty before the first step or without such pairs.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class TrainingRun:
         self.bank = bank
         self.parameters = lora_parameters(model) if parameters is None else dict(parameters)
         if not self.parameters:
-            raise InputError(f"the UNet has no {recipe.targets} layers to train; is this a diffusion model?")
+            raise InputError(f"the model has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=recipe.learning_rate,
@@ -89,6 +90,7 @@ class TrainingRun:
         self.best_step = 0
         self.records: list[dict[str, float]] = []
         self.changes: list[dict] = []
+        self.untrained: dict[str, float] = {}
 
     @property
     def step(self) -> int:
@@ -101,6 +103,7 @@ class TrainingRun:
             StepError: the loss or a gradient is not finite, or memory ran out; weights are those of the step before.
         """
         try:
+            self._measure_untrained()
             totals = self._gradients(should_stop)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -144,7 +147,7 @@ class TrainingRun:
         return totals
 
     def _scaled_gradients(self, scale: float, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        recipe, totals = self.recipe, dict[str, float]()
+        recipe, totals, counts = self.recipe, dict[str, float](), dict[str, int]()
         if recipe.target_gradient_factor is not None:
             recipe = recipe.model_copy(update={"beta": beta_at(recipe, self.records)})
             totals["beta"] = recipe.beta
@@ -152,15 +155,17 @@ class TrainingRun:
         for micro in range(recipe.accumulation_steps):
             if self.processes.any(should_stop(), self.device):
                 return None
-            batch = self.processes.share(self.plan.batch(self.step * recipe.accumulation_steps + micro))
+            number = self.step * recipe.accumulation_steps + micro
+            batch, anchor_weight = self.processes.share(self.plan.batch(number)), recipe.anchor_weight_at(number)
             loss, metrics = batch_loss(
-                self.model, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank
+                self.model, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight
             )
             metrics = self.processes.mean(metrics, self.device)
             self._check_finite("loss", metrics["loss"])
             (loss * (scale / recipe.accumulation_steps)).backward()
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / recipe.accumulation_steps
+            for name, value in metrics.items():  # the anchor's is of some forward passes only
+                counts[name] = counts.get(name, 0) + 1
+                totals[name] = totals.get(name, 0.0) + (value - totals.get(name, 0.0)) / counts[name]
         self.processes.average_gradients(self.parameters.values())
         if scale != 1:
             for parameter in self.parameters.values():
@@ -185,8 +190,14 @@ class TrainingRun:
 
     @property
     def _best_loss(self) -> float:
-        # Before the first measurement the expert is the identity, with loss ln 2.
-        return self.records[self.best_step - 1]["eval/loss"] if self.best_step else math.log(2)
+        if self.best_step:
+            return self.records[self.best_step - 1]["eval/loss"]
+        return self.untrained["eval/loss"]
+
+    def _measure_untrained(self) -> None:
+        """Measure the model without its LoRA, once: the same draws as every measurement, and its reference is kept."""
+        if self.held_out and not self.untrained:
+            self.untrained = self.held_out.measure(self.model, self.denoiser, is_untrained=True)
 
     @property
     def stop_reason(self) -> str | None:
@@ -194,16 +205,19 @@ class TrainingRun:
         return stop_reason(self.records, self.best_step, self.recipe)
 
     def finish(self) -> int:
-        """Put what the expert is made of into the UNet and return the step it is from.
+        """Put what the expert is made of into the model and return the step it is from.
 
-        With patience or a limit those are the best weights, else the averaged ones (the last, at ema_decay 0).
+        With patience or a limit those are the best weights, else the averaged ones (the last, at ema_decay 0). 0: no
+        measurement was better than the untrained model, so there is no expert.
         """
         best = self.held_out is not None and keeps_best(self.recipe)
+        if best and self.held_out and self.records and not any("eval/loss" in record for record in self.records):
+            self.records[-1] |= self._measure(self.held_out)  # stopped before the first measurement
         self._set_weights(self.best if best else self.average)
         return self.best_step if best else self.step
 
     def rescue(self) -> int:
-        """After a StepError, put the best weights into the UNet, or else the averaged ones; return their step.
+        """After a StepError, put the best weights into the model, or else the averaged ones; return their step.
 
         0 where there are neither: the last weights alone may be what the error came from.
         """
@@ -215,7 +229,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def weights(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the UNet carries `values` (say `average`) instead of the weights in training."""
+        """Inside, the model carries `values` (say `average`) instead of the weights in training."""
         trained = {name: value.detach().clone() for name, value in self.parameters.items()}
         self._set_weights(values)
         try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a run that ran out of memory, or whose loss was no number, may change to go on.
+# What a run that ran out of memory, or whose loss was not finite, may change to go on.
 CHANGEABLE = {
     "name",
     "batch_size",

@@ -6,23 +6,22 @@ and the SFT term raise it until unsafe prompts draw the chosen images, the ancho
 Coefficients of a merge learned on data are AdaMerging's idea (arXiv 2310.02575); it minimises a classifier's entropy.
 """
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..devices import choose_device, compute_dtype
 from ..errors import InputError
 from ..experts.expert import Expert
 from ..experts.keys import kohya_name
 from ..experts.merging import merge_experts
-from ..models.checkpoint import load_checkpoint
+from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
 from .lora import ADAPTER, lora_modules
-from .preparation import compute_dtype, encode_dataset, load_policy
-from .processes import Processes
+from .preparation import encode_dataset, load_policy
 from .recipe import Recipe
 from .run import TrainingRun
 
@@ -40,12 +39,11 @@ class _Strengths(nn.Module):
 
 def fit_strengths(
     experts: Sequence[Expert],
-    checkpoint_path: str | os.PathLike,
+    checkpoint: Checkpoint,
     dataset: PreferenceDataset,
     recipe: Recipe,
     *,
     device: torch.device | str | None = None,
-    tokenizer_folder: str | os.PathLike | None = None,
     on_step: Callable[[int, int], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[float]:
@@ -55,16 +53,15 @@ def fit_strengths(
         experts: of the model's attention layers, as `train` makes them.
         dataset: pairs of all the experts' categories.
         recipe: loss, steps and learning rate; what concerns LoRA weights (rank, alpha) has no meaning here.
-        device: default is accelerate's choice.
+        device: default is the accelerator where there is one.
         on_step: called with (steps done, steps in all).
         should_stop: asked before every step; True returns the strengths so far.
 
     Raises:
         InputError: an expert has layers that are not trained here, or the dataset has no pairs.
     """
-    target = torch.device(device) if device is not None else Processes.from_launcher()[1]
-    checkpoint = load_checkpoint(checkpoint_path, tokenizer_folder=tokenizer_folder)
-    dtype = compute_dtype(recipe, target)
+    target = choose_device(device)
+    dtype = compute_dtype(target, recipe.precision)
     pairs = dataset.training_pairs()
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
     model, denoiser = load_policy(checkpoint, recipe, (), target, dtype)

@@ -1,6 +1,6 @@
 """ComfyUI's folders, device and progress as the library wants them; every path of a workflow is checked here."""
 
-from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder
+from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder, open_checkpoint
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
@@ -29,6 +29,7 @@ __all__ = [
     "file_state",
     "fresh_expert_path",
     "own_writes",
+    "open_checkpoint",
     "previous_expert_path",
     "prompt_file",
     "prompt_files",

@@ -7,7 +7,7 @@ import folder_paths
 
 from ...checkpoint_id import CheckpointId
 from ...errors import InputError
-from ...models.checkpoint import load_checkpoint
+from ...models.checkpoint import Checkpoint, load_checkpoint
 
 
 def clip_tokenizer_folder() -> Path:
@@ -31,11 +31,16 @@ def checkpoint_path(name: str) -> Path:
     return Path(path)
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint with ComfyUI's tokenizer."""
+    return load_checkpoint(path, tokenizer_folder=clip_tokenizer_folder())
+
+
 def base_checkpoint(name: str) -> CheckpointId:
     """Return what a dataset records of the checkpoint that drew it: name, sha256 and family.
 
     Raises:
         InputError: there is no such checkpoint, or it is of a family that cannot be trained.
     """
-    checkpoint = load_checkpoint(checkpoint_path(name), tokenizer_folder=clip_tokenizer_folder())
+    checkpoint = open_checkpoint(checkpoint_path(name))
     return CheckpointId(name=name, sha256=checkpoint.sha256, family=checkpoint.family)

@@ -144,7 +144,7 @@ def test_peft_itself_writes_keys_that_are_read_with_the_same_delta(dense):
 
     merged = adapted.merge_and_unload().down_blocks[0].weight.detach()
     (layer,) = expert.layers.values()
-    assert torch.allclose(layer.delta(), merged - base, atol=1e-6)
+    assert torch.allclose(layer.delta(), merged - base, atol=1e-5)
 
 
 @pytest.mark.parametrize(

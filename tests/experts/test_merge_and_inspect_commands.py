@@ -43,7 +43,7 @@ def test_merge_reads_a_statistics_file(files, tmp_path):
         (["--method", "nope", "--out", "o.safetensors"], "no merge method 'nope'"),
         (["--out", "o.ckpt"], "must end in .safetensors"),
         (["--out", "o.safetensors", "--weights", "1;2"], "--weights '1;2' must be numbers"),
-        (["--out", "o.safetensors", "--set", "rank"], "--set 'rank' is not of the form key=value"),
+        (["--out", "o.safetensors", "--set", "rank"], "'rank' is not of the form key=value"),
         (["--out", "o.safetensors", "--calibration", "d"], "--calibration needs --model"),
         (["--method", "co-merge", "--out", "o.safetensors"], "co-merge needs activation statistics"),
     ],

@@ -43,7 +43,7 @@ def merged_matrix(merged, name):
     return delta.reshape(len(delta), -1)
 
 
-def assert_close(found, expected, relative=2e-6):
+def assert_close(found, expected, relative=1e-5):
     assert np.linalg.norm(found - expected) <= relative * np.linalg.norm(expected)
 
 

@@ -119,7 +119,7 @@ def test_strength_zero_after_co_merge_clears_the_rows_the_expert_won(make_expert
     won = counts[LINEAR].argmax(dim=0) == 0
     assert won.any() and not won.all()
     assert torch.equal(delta[won], torch.zeros_like(delta[won]))
-    assert torch.allclose(delta[~won], full[~won], atol=1e-6)
+    assert torch.allclose(delta[~won], full[~won], atol=1e-5)
 
 
 def test_blocks_of_merged_parents_are_kept(make_expert, tmp_path):

@@ -104,11 +104,11 @@ def test_a_protected_style_has_no_overlap_and_protecting_again_changes_nothing(m
 
     for expert in experts:
         for found in overlap(expert, protected).values():
-            assert found.along_expert == pytest.approx(0, abs=1e-6)
-            assert found.read_share == pytest.approx(0, abs=1e-12) or space == "output"
-            assert found.written_share == pytest.approx(0, abs=1e-12) or space == "input"
+            assert found.along_expert == pytest.approx(0, abs=1e-5)
+            assert found.read_share == pytest.approx(0, abs=1e-10) or space == "output"
+            assert found.written_share == pytest.approx(0, abs=1e-10) or space == "input"
     for name, layer in protected.layers.items():
-        torch.testing.assert_close(again.layers[name].delta(), layer.delta(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again.layers[name].delta(), layer.delta(), rtol=1e-4, atol=1e-4)
     assert 0.05 < kept_energy(style, protected) < 0.95
 
 
@@ -158,7 +158,7 @@ def test_a_copy_of_the_expert_is_removed_altogether(make_expert):
 
     assert total(overlap(expert, expert).values()).along_expert == pytest.approx(1)
     for space in SPACES:
-        assert kept_energy(expert, protect(expert, [expert], space=space)) == pytest.approx(0, abs=1e-12)
+        assert kept_energy(expert, protect(expert, [expert], space=space)) == pytest.approx(0, abs=1e-10)
 
 
 def test_the_result_names_its_parents_and_the_report_the_layers(make_expert):

@@ -6,6 +6,7 @@ from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.merging import METHODS, merge_experts
+from safety_experts.training.events import TrainingEvents
 from small_training import SmallTraining
 
 
@@ -38,8 +39,10 @@ def test_a_compiled_model_trains_the_same(small, tmp_path):
 
 def test_a_resumed_run_goes_on(small, tmp_path):
     seen, out = [], tmp_path / "e.safetensors"
-    stops = {"on_step": seen.append, "should_stop": lambda: sum(record.stage == "train" for record in seen) == 3}
-    stopped = small.train(out, "steps=6", device="cuda", **stops)
+    events = TrainingEvents(
+        on_step=seen.append, should_stop=lambda: sum(record.stage == "train" for record in seen) == 3
+    )
+    stopped = small.train(out, "steps=6", device="cuda", events=events)
     assert stopped.stopped and len(stopped.records) == 3
     resumed = small.train(out, "steps=6", device="cuda", resume=True)
     assert len(resumed.records) == 6 and resumed.records[:3] == stopped.records

@@ -12,6 +12,7 @@ import small_checkpoints
 from safety_experts.demo.packed_weights import load_packed
 from safety_experts.demo.toy_checkpoint import WEIGHTS_PATH
 from safety_experts.demo.toy_model import vae_tensors
+from safety_experts.models.checkpoint import Checkpoint, load_checkpoint
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.toy.world import prompt_for, render_scene
@@ -58,8 +59,10 @@ class SmallTraining:
     def train(self, out: Path, *overrides: str, **options) -> TrainResult:
         """Train by the toy recipe with these overrides, on the CPU."""
         recipe = load_recipe("toy", [*FAST, *overrides])
-        options = {"device": "cpu", "tokenizer_folder": self.tokenizer, **options}
-        return train_expert(self.checkpoint, self.dataset, recipe, out, **options)
+        return train_expert(self.open_checkpoint(), self.dataset, recipe, out, **{"device": "cpu", **options})
+
+    def open_checkpoint(self) -> Checkpoint:
+        return load_checkpoint(self.checkpoint, tokenizer_folder=self.tokenizer)
 
     def command(self, out: Path, *more: str) -> list[str]:
         """Return the command-line arguments of the same."""

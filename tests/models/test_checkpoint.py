@@ -6,6 +6,7 @@ import logging
 import pytest
 import small_checkpoints as small
 import torch
+from closeness import assert_close_at_scale
 from safety_experts.errors import InputError
 from safety_experts.models.checkpoint import load_checkpoint
 from torch import nn
@@ -137,7 +138,7 @@ def test_clip_l_gives_what_transformers_gives(sd1, weights, tokenizer_folder):
     assert tokens[0].tolist() == [49406, *[49407] * 76]
     with torch.no_grad():
         expected = oracle(tokens).last_hidden_state
-    torch.testing.assert_close(encoder.encode_prompts(prompts)["hidden_states"], expected)
+    assert_close_at_scale(encoder.encode_prompts(prompts)["hidden_states"], expected)
     assert encoder.encode_prompts(prompts).keys() == {"hidden_states"}
 
 
@@ -190,7 +191,7 @@ def test_sd2_takes_openclips_last_layer_but_one_normed(tmp_path, tokenizer_folde
     assert tokens[1].tolist() == [49406, 49407, *[0] * 75]
     _, normed, _ = openclip_output(text, tokens)
     conditions = encoder.encode_prompts(["a red circle", ""])
-    torch.testing.assert_close(conditions["hidden_states"], normed[-2], rtol=1e-4, atol=1e-5)
+    assert_close_at_scale(conditions["hidden_states"], normed[-2])
     assert "pooled" not in conditions
 
 
@@ -206,8 +207,8 @@ def test_sdxl_joins_both_encoders_and_pools_the_second(tmp_path, tokenizer_folde
     hidden, _, pooled = openclip_output(text, encoder.towers[1].tokenize(["a red circle", ""]))
     conditions = encoder.encode_prompts(["a red circle", ""])
     assert conditions["hidden_states"].shape == (2, 77, 128)
-    torch.testing.assert_close(conditions["hidden_states"][..., 64:], hidden[-2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(conditions["pooled"], pooled, rtol=1e-4, atol=1e-5)
+    assert_close_at_scale(conditions["hidden_states"][..., 64:], hidden[-2])
+    assert_close_at_scale(conditions["pooled"], pooled)
 
 
 # --- the VAE ---
@@ -220,7 +221,7 @@ def test_taesd_latents_are_scaled_as_the_unet_sees_them(sd1, weights):
     latents = vae.encode_images(images)
     assert latents.shape == (2, 4, 2, 3)
     raw = vae.model.encoder.layers(images)  # TAESD itself takes [0, 1]
-    torch.testing.assert_close(latents, (raw / 0.3 + 0.1) * 0.18215)
+    assert_close_at_scale(latents, (raw / 0.3 + 0.1) * 0.18215)
     torch.testing.assert_close(vae.model.encoder.layers[14].weight, weights[VAE + "taesd_encoder.14.weight"])
     torch.testing.assert_close(vae.model.decoder.layers[0].weight, weights[VAE + "taesd_decoder.1.weight"])
     torch.testing.assert_close(vae.model.decoder.layers[18].weight, weights[VAE + "taesd_decoder.19.weight"])
@@ -231,7 +232,7 @@ def test_decoding_undoes_the_scaling(sd1):
     vae = sd1.load_vae()
     raw = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     expected = (vae.model.decode(raw).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(vae.decode_latents((raw / 0.3 + 0.1) * 0.18215), expected)
+    assert_close_at_scale(vae.decode_latents((raw / 0.3 + 0.1) * 0.18215), expected)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from closeness import assert_close_at_scale
 from safety_experts.models.flow import FlowDenoiser
 from safety_experts.models.flux import DEV_SHIFT, Flux, FluxLayout
 from safety_experts.models.sd3 import SD3, SD3Layout
@@ -85,4 +86,4 @@ def test_an_odd_size_is_the_even_one_that_goes_on_where_it_began(family, layout)
     even = torch.cat([even, even[..., :1]], dim=3)
     predicted = denoiser.predict(odd, timesteps, conditions)
     assert predicted.shape == odd.shape
-    torch.testing.assert_close(predicted, denoiser.predict(even, timesteps, conditions)[..., :3, :5])
+    assert_close_at_scale(predicted, denoiser.predict(even, timesteps, conditions)[..., :3, :5])

@@ -5,6 +5,7 @@ import pytest
 import small_checkpoints as small
 import small_flow_checkpoints as flow
 import torch
+from closeness import assert_close_at_scale
 from PIL import Image
 from safety_experts.errors import InputError
 from safety_experts.experts.expert_file import load_expert
@@ -16,6 +17,7 @@ from safety_experts.models.sd3 import SD3
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.tensor_file import read_tensors
+from safety_experts.training.events import TrainingEvents
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.trainer import train_expert
 
@@ -175,7 +177,7 @@ def test_images_become_latents_by_the_shift_and_scale_of_the_family(single, fami
         raw = vae.model.encoder.layers(images)
     scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}[family]
     latents = vae.encode_images(images)
-    torch.testing.assert_close(latents, (raw / 0.3 + 0.1 - shift) * scale, rtol=1e-4, atol=1e-4)
+    assert_close_at_scale(latents, (raw / 0.3 + 0.1 - shift) * scale)
     assert latents.shape == (1, 16, 2, 2)
 
 
@@ -205,8 +207,8 @@ def test_prompts_are_encoded_as_in_diffusers(single, pipeline, family):
         )
     else:
         hidden, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=256)
-    torch.testing.assert_close(encoded["hidden_states"], hidden, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(encoded["pooled"], pooled, rtol=1e-4, atol=1e-5)
+    assert_close_at_scale(encoded["hidden_states"], hidden)
+    assert_close_at_scale(encoded["pooled"], pooled)
 
 
 NOISE = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -230,7 +232,7 @@ def test_one_step_of_the_pipeline_is_our_prediction(single, pipeline, family):
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[1:])
     velocity = denoiser.predict(NOISE, torch.tensor([999]), conditions)  # one step from noise level 1 to 0
     assert velocity.std() > 0.1
-    torch.testing.assert_close(drawn, NOISE - velocity, rtol=1e-4, atol=1e-4)
+    assert_close_at_scale(drawn, NOISE - velocity)
 
 
 @torch.no_grad()
@@ -244,7 +246,7 @@ def test_samples_are_the_pipelines(single, pipeline, family, monkeypatch):
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
     ours = denoiser.sample(NOISE, conditions, num_steps=4)
     assert (ours - NOISE).std() > 0.1
-    torch.testing.assert_close(ours, drawn, rtol=1e-4, atol=1e-4)
+    assert_close_at_scale(ours, drawn)
 
 
 @torch.no_grad()
@@ -289,9 +291,9 @@ def dataset(tmp_path_factory):
 def train(checkpoint, dataset, out, tokenizer_folder, on_samples=None, **options):
     values = {"rank": 2, "steps": 2, "batch_size": 2, "accumulation_steps": 1, "precision": "fp32", "warmup_steps": 0}
     recipe = Recipe(**values, anchor_weight=1.0, **options)
-    places = {"device": "cpu", "tokenizer_folder": tokenizer_folder}
-    watching = {"sample_every": 2, "on_samples": on_samples} if on_samples else {}
-    return train_expert(checkpoint.path, dataset, recipe, out, **places, **watching)
+    events = TrainingEvents(sample_every=2, on_samples=on_samples) if on_samples else None
+    opened = load_checkpoint(checkpoint.path, tokenizer_folder=tokenizer_folder)
+    return train_expert(opened, dataset, recipe, out, events=events, device="cpu")
 
 
 @pytest.mark.parametrize(

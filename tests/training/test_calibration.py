@@ -11,10 +11,10 @@ from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
+from safety_experts.models import checkpoint as models_checkpoint
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
-from safety_experts.training import calibration
 from safety_experts.training.calibration import collect_statistics, count_activations
 
 
@@ -106,9 +106,10 @@ def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
     assert not any(module._forward_pre_hooks for module in denoiser.model.modules())
 
 
-def test_a_missing_dataset_is_named(experts, tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        collect_statistics(experts, tmp_path / "model.safetensors", tmp_path / "nowhere")
+def test_a_dataset_without_pairs_is_named(experts, tmp_path):
+    empty = PreferenceDataset.create(tmp_path / "empty", DatasetInfo({}, {}, "toy", ""))
+    with pytest.raises(InputError, match="empty"):
+        collect_statistics(experts, SmallCheckpoint(None), empty, device="cpu")
 
 
 class SmallCheckpoint:
@@ -147,7 +148,7 @@ def test_merge_command_calibrates_on_a_dataset_and_keeps_the_counts(denoiser, ex
     for expert in experts:
         files.append(str(tmp_path / f"{expert.name}.safetensors"))
         save_expert(expert, files[-1])
-    monkeypatch.setattr(calibration, "load_checkpoint", lambda path, tokenizer_folder: SmallCheckpoint(denoiser))
+    monkeypatch.setattr(models_checkpoint, "load_checkpoint", lambda path, tokenizer_folder: SmallCheckpoint(denoiser))
     counts, out, again = (tmp_path / f"{name}.safetensors" for name in ("counts", "merged", "again"))
 
     command = ["merge", *files, "--method", "co-merge", "--statistics", str(counts)]

@@ -15,6 +15,7 @@ from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.tensor_file import read_tensors, write_tensors
 from safety_experts.training import trainer
+from safety_experts.training.events import TrainingEvents
 from safety_experts.training.trainer import resume_path
 from small_training import SmallTraining
 
@@ -123,7 +124,7 @@ def test_a_bad_loss_saves_the_best_expert_there_was(small, fail_at, tmp_path):
     seen = []
     fail_at(6, "nan")
     with pytest.raises(SafetyExpertsError, match="the expert of step") as caught:
-        small.train(out, *watched, on_step=seen.append)
+        small.train(out, *watched, events=TrainingEvents(on_step=seen.append))
     losses = [record.metrics["eval/loss"] for record in seen if record.metrics]
     assert len(losses) == 5 and min(losses) < math.log(2)
     best = load_expert(out)
@@ -156,7 +157,7 @@ def test_a_full_disk_is_one_line_and_the_state_before_goes_on(small, limit_files
             limit_files(1000)
 
     with pytest.raises(SafetyExpertsError, match=rf"cannot write .*{refused}: File too large") as caught:
-        small.train(out, "steps=6", "save_steps=2", on_step=fill_the_disk)
+        small.train(out, "steps=6", "save_steps=2", events=TrainingEvents(on_step=fill_the_disk))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.resume", "straight"]
     limit_files(resource.RLIM_INFINITY)
@@ -168,7 +169,8 @@ def test_a_full_disk_is_one_line_and_the_state_before_goes_on(small, limit_files
 def test_a_damaged_state_is_one_line(small, tmp_path, damage):
     out = tmp_path / "a.safetensors"
     seen = []
-    small.train(out, "steps=6", on_step=seen.append, should_stop=lambda: len([r for r in seen if r.metrics]) >= 2)
+    events = TrainingEvents(on_step=seen.append, should_stop=lambda: len([r for r in seen if r.metrics]) >= 2)
+    small.train(out, "steps=6", events=events)
     state = resume_path(out)
     if damage == "cut":
         state.write_bytes(state.read_bytes()[:-100])

