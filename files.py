@@ -14,6 +14,11 @@ from typing import BinaryIO
 
 from .errors import InputError, SafetyExpertsError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
@@ -27,12 +32,13 @@ def write_atomically(path: str | os.PathLike, *, sync: bool = True) -> Iterator[
     """
     target = Path(path)
     temporary = None
+    held = contextlib.ExitStack()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # The suffix is kept: Pillow and others choose the format by it.
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:40]}-", suffix=target.suffix, dir=target.parent)
-        os.close(handle)
+        handle, name = tempfile.mkstemp(prefix=_leftover_prefix(target), suffix=target.suffix, dir=target.parent)
         temporary = Path(name)
+        held.callback(_let_go, _hold(handle))
         yield temporary
         if sync:
             sync_file(temporary)
@@ -47,6 +53,7 @@ def write_atomically(path: str | os.PathLike, *, sync: bool = True) -> Iterator[
             raise _as_user_error(OSError(int(found[1]), os.strerror(int(found[1]))), target) from error
         raise
     finally:
+        held.close()
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
@@ -152,10 +159,45 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what a `write_atomically(path)` left that was killed in the middle; nobody else may be writing now."""
+    """Remove what a `write_atomically(path)` left that was killed in the middle; what is being written now stays."""
     target = Path(path)
-    for leftover in target.parent.glob(f".{glob.escape(target.stem[:40])}-????????{glob.escape(target.suffix)}"):
-        leftover.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder is not there, or not ours to clean
+        prefix, suffix = glob.escape(_leftover_prefix(target)), glob.escape(target.suffix)
+        for leftover in target.parent.glob(f"{prefix}????????{suffix}"):
+            handle = os.open(leftover, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            free = _hold(handle)
+            try:
+                if free is not None or fcntl is None:
+                    leftover.unlink(missing_ok=True)
+            finally:
+                _let_go(free)
+
+
+def _leftover_prefix(target: Path) -> str:
+    return f".{target.stem.encode()[:40].decode(errors='ignore')}-"
+
+
+def _hold(handle: int) -> int | None:
+    """Lock an open file until `_let_go`; None when another process holds it. The kernel lets go of a killed one's.
+
+    Windows cannot rename an open file, but does not remove one that is open either: there the handle is closed.
+    """
+    if fcntl is None:
+        os.close(handle)
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a network drive without locks
+        pass
+    return handle
+
+
+def _let_go(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 def _as_user_error(error: OSError, target: Path) -> Exception:

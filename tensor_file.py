@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import InputError, SafetyExpertsError
-from .files import write_atomically
+from .files import open_plain, write_atomically
 
 _DTYPES = {
     torch.float64: "F64",
@@ -137,6 +137,14 @@ class TensorFile(Mapping[str, Tensor]):
 
 @contextlib.contextmanager
 def _checked(path: str | os.PathLike) -> Iterator[safe_open]:
+    try:
+        open_plain(path, follow_links=True).close()  # of a pipe the library would wait for ever
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}; check the name") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check the name and its rights") from error
+    except ValueError as error:
+        raise InputError("a file name holds a NUL character; check the name") from error
     try:
         with safe_open(path, framework="pt") as file:
             yield file

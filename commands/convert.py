@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from .merge import check_out
+from .outputs import check_out
 
 HELP = "turn a LoRA of any spelling, a LoHa or a LoKr into a LoRA that every loader reads"
 

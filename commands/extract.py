@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .merge import check_out
+from .outputs import check_out
 from .progress import progress_bar
 
 HELP = "make a LoRA out of a fully fine-tuned model minus its base"

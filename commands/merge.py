@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..key_values import parse_key_values
+from .outputs import check_out
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -77,14 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{arguments.out}: {arguments.method} of {len(experts)}, {', '.join(merged.categories)}")
         if method.needs_weights and weights:
             print("weights " + ", ".join(f"{e.name} {weight:g}" for e, weight in zip(experts, weights, strict=True)))
-
-
-def check_out(arguments: argparse.Namespace) -> None:
-    """Refuse an --out that is not safetensors, or that exists without --overwrite."""
-    if arguments.out.suffix != ".safetensors":
-        raise InputError(f"--out {arguments.out} must end in .safetensors")
-    if arguments.out.exists() and not arguments.overwrite:
-        raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite")
 
 
 def _parse_weights(text: str | None) -> list[float] | None:

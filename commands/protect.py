@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .merge import check_out
+from .outputs import check_out
 from .progress import progress_bar
 
 HELP = "report how much a style LoRA cancels safety experts, and write one that does not"

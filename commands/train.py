@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix != ".safetensors":
         raise InputError(f"--out {arguments.out} must end in .safetensors")
+    if arguments.out.is_dir():
+        raise InputError(f"--out {arguments.out} is a folder; choose the name of a file")
     if arguments.out.exists() and not (arguments.overwrite or arguments.resume):
         raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite or --resume")
     if arguments.sample_every < 1:

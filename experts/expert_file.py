@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import SafetyExpertsError
-from ..files import sha256_of_file
+from ..files import remove_leftovers, sha256_of_file
 from ..tensor_file import TensorFile, read_tensors, write_tensors
 from .expert import Expert, LoraLayer, checked_layer, layer_problem, layer_tensors
 from .info import METADATA_KEY
@@ -38,7 +38,9 @@ def save_expert(expert: Expert, path: str | os.PathLike) -> None:
         if problem := layer_problem(layer):
             raise SafetyExpertsError(f"{path} was not written: layer {name} {problem}")
         tensors |= {spell_for_loaders(key): tensor for key, tensor in layer_tensors(name, layer)}
-    write_tensors(path, tensors, expert_metadata(expert))
+    metadata = expert_metadata(expert)
+    remove_leftovers(path)
+    write_tensors(path, tensors, metadata)
 
 
 def load_expert(path: str | os.PathLike) -> Expert:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from ..tensor_file import TensorFile
 from .expert import Expert, LoraLayer
 from .info import ExpertInfo, Extracted
 from .keys import layer_name
-from .truncation import truncate_dense
+from .truncation import check_truncation, truncate_dense
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def extract_expert(
     Raises:
         InputError: a file cannot be read, the models differ in shape, or the tuned one is no different.
     """
+    check_truncation(rank, energy)
     layers: dict[str, LoraLayer] = {}
     retained, num_left_out = {}, 0
     tuned, tuned_keys = _open_weights(tuned_path)
@@ -55,7 +57,7 @@ def extract_expert(
         raise InputError(f"{tuned_path} and {base_path} have no UNet layer in common; are both of one family?")
     for done, layer in enumerate(names, start=1):
         after, before = tuned[tuned_keys[layer]], base[base_keys[layer]]
-        if after.numel() != before.numel() or after.shape[0] != before.shape[0]:
+        if _matrix_shape(after) != _matrix_shape(before):
             raise InputError(
                 f"layer {layer} is {list(after.shape)} in {tuned_path} but {list(before.shape)} in {base_path}; "
                 "give the base that the model was tuned from"
@@ -81,6 +83,14 @@ def extract_expert(
         num_left_out=num_left_out,
     )
     return Expert(layers, ExpertInfo(categories=tuple(categories), origin=origin), name)
+
+
+def _matrix_shape(weight: Tensor) -> list[int]:
+    """Return a weight's shape without the ones at its end: a 1x1 convolution is a linear layer."""
+    shape = list(weight.shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape.pop()
+    return shape
 
 
 def _open_weights(path: str | os.PathLike) -> tuple[TensorFile, dict[str, str]]:

@@ -10,16 +10,17 @@ SD3 and FLUX have a transformer: lora_transformer_transformer_blocks_0_attn_to_q
 stock ComfyUI ignores lora_unet_ before diffusers names of these, and transformer.transformer_blocks.0.… is read too.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..typed import parse_json, printable
 
 UNET_PREFIX, TRANSFORMER_PREFIX = "lora_unet", "lora_transformer"
 _KEY = re.compile(
@@ -30,6 +31,8 @@ _KEY = re.compile(
     r"\.lora_linear_layer\.(?P<old>down|up)\.weight|"
     r"(?P<alpha>\.alpha))"
 )
+_MODULE_NAME = re.compile(r"[\w.-]{1,500}")
+MAX_KEY = 1000  # letters; the regular expressions here take their square
 # A path's beginning tells which model it belongs to; the longest match is first.
 _COMPONENTS = {
     "unet.": "unet",
@@ -109,7 +112,7 @@ def keys_by_layer(keys: Iterable[str]) -> dict[str, list[str]]:
     two_encoders = has_second_encoder(keys)
     groups: dict[str, list[str]] = {}
     for key in keys:
-        if (match := _KEY.fullmatch(key)) and (name := layer_name(match["path"], two_encoders)):
+        if len(key) <= MAX_KEY and (match := _KEY.fullmatch(key)) and (name := layer_name(match["path"], two_encoders)):
             groups.setdefault(name, []).append(key)
     return groups
 
@@ -135,7 +138,7 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
     origin: dict[str, tuple[str, str]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key) if len(key) <= MAX_KEY and key.isprintable() else None
         place = match and _locate(match["path"])
         if not match or not place:
             unknown.append(key)
@@ -154,12 +157,38 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
     for module, parts in found.items():
         if missing := [part for part in ("down", "up") if part not in parts]:
             raise InputError(f"{source}: layer {module} has no {missing[0]} part; the file is incomplete")
-        down, rank = parts["down"], parts["down"].shape[0]
-        if "mid" in parts:  # a Tucker convolution: 1x1 down, then the kernel; together they are one k x k down
-            down = torch.einsum("rskl,si->rikl", parts["mid"].float(), down.float().flatten(1))
-        alpha = float(parts["alpha"]) if "alpha" in parts else adapter.alpha(*origin[module], rank)
+        down = parts["down"]
+        if down.ndim < 2 or parts["up"].ndim < 2:
+            raise InputError(f"{source}: layer {module} holds no matrices; the file is damaged, use another copy")
+        if "mid" in parts:
+            down = _tucker_down(parts["mid"], down, f"{source}: layer {module}")
+        if "alpha" in parts:
+            alpha = read_alpha(parts["alpha"], f"{source}: layer {module}")
+        else:
+            alpha = adapter.alpha(*origin[module], parts["down"].shape[0])
         layers[module] = LoraParts(down, parts["up"], alpha)
     return layers
+
+
+def read_alpha(tensor: Tensor, where: str) -> float:
+    """Return the one number that an alpha tensor holds.
+
+    Raises:
+        InputError: it holds none, or several.
+    """
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise InputError(f"{where} has an alpha of the shape {list(tensor.shape)}, not one number; use another copy")
+    return float(tensor)
+
+
+def _tucker_down(core: Tensor, down: Tensor, where: str) -> Tensor:
+    """Return a Tucker convolution's 1x1 down [s, i] and kernel [r, s, k, l] together: one k x k down [r, i, k, l]."""
+    if core.ndim != 4 or core.shape[1] != down.shape[0]:
+        raise InputError(
+            f"{where} has a mid part of the shape {list(core.shape)} for a down part of {list(down.shape)}; "
+            "the file is damaged, use another copy"
+        )
+    return torch.einsum("rskl,si->rikl", core.float(), down.float().flatten(1))
 
 
 def comfyui_matches(key: str) -> bool:
@@ -167,7 +196,7 @@ def comfyui_matches(key: str) -> bool:
 
     A name without prefix is known for FLUX only, and `base_model.model.` for SD3 only: neither counts.
     """
-    match = _KEY.fullmatch(key)
+    match = _KEY.fullmatch(key) if len(key) <= MAX_KEY else None
     if not match:
         return False
     path = match["path"]
@@ -249,30 +278,59 @@ class _AdapterMetadata:
     """Rank and alpha as peft keeps them, in the `lora_adapter_metadata` that diffusers ≥ 0.35 writes."""
 
     def __init__(self, metadata: Mapping[str, str], source: str):
-        try:
-            self._values = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source}: metadata 'lora_adapter_metadata' is damaged ({error})") from error
+        self._where = f"{source}: metadata 'lora_adapter_metadata'"
+        text = metadata.get("lora_adapter_metadata")
+        values = parse_json(text, self._where) if text is not None else {}
+        if not isinstance(values, dict):
+            raise InputError(f"{self._where} is damaged (no JSON object); use another copy")
+        self._values = values
+        self._own_alphas: dict[str, dict[str, tuple[int, float]]] = {}
 
     def alpha(self, component: str, path: str, rank: int) -> float:
         """Return kohya's alpha of a layer without an alpha tensor; the rank where the metadata says nothing."""
-
-        def value(name, default):
-            return self._values.get(f"{component}.{name}", self._values.get(name, default))
-
-        alpha = value("lora_alpha", rank)
-        for pattern, own in (value("alpha_pattern", None) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                alpha = own
+        alpha = self._own_alpha(component, path)
+        if alpha is None:
+            alpha = self._number(self._value(component, "lora_alpha", rank), "lora_alpha")
         # rsLoRA scales by alpha / sqrt(rank) where kohya scales by alpha / rank.
-        return float(alpha) * (math.sqrt(rank) if value("use_rslora", False) else 1.0)
+        return alpha * (math.sqrt(rank) if self._value(component, "use_rslora", False) is True else 1.0)
+
+    def _value(self, component: str, name: str, default: Any) -> Any:
+        return self._values.get(f"{component}.{name}", self._values.get(name, default))
+
+    def _number(self, value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise InputError(f"{self._where} is damaged ({name} is no finite number); use another copy")
+        return float(value)
+
+    def _own_alpha(self, component: str, path: str) -> float | None:
+        """Return the alpha of the first pattern that is the end of a path, as peft takes it.
+
+        peft lets a pattern be a regular expression. A file's can be made to run for ever, so only names are read.
+        """
+        if component not in self._own_alphas:
+            patterns = self._value(component, "alpha_pattern", None) or {}
+            if not isinstance(patterns, dict):
+                raise InputError(f"{self._where} is damaged (alpha_pattern is no object); use another copy")
+            if any(not _MODULE_NAME.fullmatch(pattern) for pattern in patterns):
+                raise InputError(
+                    f"{self._where}: alpha_pattern holds a regular expression; only names of modules are read, "
+                    "write the alphas into the file as tensors"
+                )
+            self._own_alphas[component] = {
+                pattern: (place, self._number(value, "alpha_pattern"))
+                for place, (pattern, value) in enumerate(patterns.items())
+            }
+        own, parts = self._own_alphas[component], path.split(".")
+        suffixes = [".".join(parts[start:]) for start in range(len(parts))] if own else []
+        found = [own[suffix] for suffix in suffixes if suffix in own]
+        return min(found)[1] if found else None
 
 
 def _unknown_keys_message(unknown: Iterable[str], num_keys: int, source: str) -> str:
     keys = list(unknown)
     if not keys:
         return f"{source} holds no tensors; give a LoRA file"
-    first = ", ".join(repr(key) for key in keys[:3])
+    first = ", ".join(repr(printable(key, 100)) for key in keys[:3])
     text = " ".join(keys)
     if "dora_scale" in text or "lora_magnitude_vector" in text:
         hint = "DoRA is not a low-rank change and cannot be merged"

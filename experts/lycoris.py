@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..typed import printable
 from .expert import Expert, LoraLayer, checked_layer
 from .info import Converted, read_info
-from .keys import has_second_encoder, layer_name, read_lora_keys
-from .truncation import Truncated, keep_leading, truncate_factors
+from .keys import MAX_KEY, has_second_encoder, layer_name, read_alpha, read_lora_keys
+from .truncation import Truncated, check_truncation, keep_leading, truncate_factors
 
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|alpha)")
 _CONVOLUTION_3X3 = re.compile(r".*_(conv|conv1|conv2|conv_in|conv_out)$")
@@ -32,11 +33,12 @@ def convert_lycoris(
         name: of the expert, and in errors.
 
     Raises:
-        InputError: a layer is incomplete, is DoRA, or is spelled in no known way.
+        InputError: a layer is incomplete, of wrong shapes or not finite, is DoRA, or is spelled in no known way.
     """
+    check_truncation(rank, energy)
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if match := _KEY.fullmatch(key):
+        if len(key) <= MAX_KEY and (match := _KEY.fullmatch(key)):
             groups.setdefault(match["path"], {})[match["part"]] = tensor
     groups = {path: parts for path, parts in groups.items() if parts.keys() != {"alpha"}}
     own = {f"{path}.{part}" for path, parts in groups.items() for part in parts}
@@ -50,16 +52,31 @@ def convert_lycoris(
         module = layer_name(path, two_encoders)
         if module is None:
             raise InputError(f"{name}: layer {path!r} is spelled in no known way; kohya and diffusers names are read")
+        _check_parts(parts, f"{name}: layer {printable(path, 200)}")
         try:
             truncated, shape = (_convert_loha if "hada_w1_a" in parts else _convert_lokr)(parts, module, rank, energy)
         except KeyError as error:
             raise InputError(f"{name}: layer {path} lacks {error.args[0]}; the file is incomplete") from error
+        except (RuntimeError, ValueError, IndexError) as error:  # shapes that do not go together
+            raise InputError(f"{name}: layer {path} has parts that do not fit together; use another copy") from error
         if truncated is not None:
             layers[module] = LoraLayer.from_matrices(truncated.up, truncated.down, shape)
             retained[module] = round(truncated.retained_energy, 6)
     info = read_info(metadata, name)
     origin = Converted(rank=rank, energy=energy, retained_energy=retained, before=info.origin)
     return Expert(layers, info.model_copy(update={"origin": origin}), name)
+
+
+def _check_parts(parts: Mapping[str, Tensor], where: str) -> None:
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise InputError(f"{where}: {part} has the type {str(tensor.dtype)[6:]}; save it as F16 or F32")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{where}: {part} holds NaN or infinite numbers; use another copy")
+        if part == "alpha":
+            read_alpha(tensor, where)
+        elif tensor.ndim < 2 or not tensor.numel():
+            raise InputError(f"{where}: {part} has the shape {list(tensor.shape)}; use another copy")
 
 
 def _convert_loha(parts: Mapping[str, Tensor], module: str, rank: int, energy: float):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 _RANDOMIZED_FROM = 4  # a full SVD is as quick once the rank is more than this part of the matrix
 _POWER_ITERATIONS = 6
 
@@ -19,6 +21,14 @@ class Truncated:
     up: Tensor
     down: Tensor
     retained_energy: float
+
+
+def check_truncation(rank: int, energy: float) -> None:
+    """Raise an InputError unless rank and energy ask for something."""
+    if rank < 1:
+        raise InputError(f"rank {rank} must be at least 1")
+    if not 0.0 < energy <= 1.0:
+        raise InputError(f"energy {energy:g} must be above 0 and at most 1")
 
 
 def truncate_factors(up: Tensor, down: Tensor, rank: int, energy: float = 1.0) -> Truncated | None:
@@ -33,6 +43,7 @@ def truncate_factors(up: Tensor, down: Tensor, rank: int, energy: float = 1.0) -
     """
     if up.shape[1] == 0:
         return None
+    _check_finite(up, down)
     (up_reflectors, r_up), (down_reflectors, r_down) = _householder(up.double()), _householder(down.double().T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
     small = keep_leading(u, s, vh, float(s.square().sum()), rank, energy)
@@ -62,12 +73,19 @@ def truncate_dense(delta: Tensor, rank: int, energy: float = 1.0) -> Truncated |
 
     Small ranks of large matrices are found by randomized subspace iteration (Halko et al., arXiv 0909.4061), seeded.
     """
+    _check_finite(delta)
     width = rank + max(16, rank // 2)
     if energy < 1.0 or width * _RANDOMIZED_FROM > min(delta.shape):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         u, s, vh = randomized_svd(delta, width)
     return keep_leading(u, s, vh, float(delta.double().square().sum()), rank, energy)
+
+
+def _check_finite(*matrices: Tensor) -> None:
+    # An SVD of these fails after a long time, or does not end.
+    if not all(bool(torch.isfinite(matrix).all()) for matrix in matrices):
+        raise InputError("a layer's change is too large for its numbers; use smaller weights, or another copy")
 
 
 def randomized_svd(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

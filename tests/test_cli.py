@@ -65,10 +65,9 @@ def test_done_is_exit_code_0_and_json_on_stdout(run, prompts, tmp_path):
     assert json.loads(finished.stdout)["prompt_pairs"] == 1
 
 
-def test_failed_work_is_exit_code_1_and_one_line(run, prompts):
-    # A file stands where the folder should be made.
+def test_a_file_where_the_folder_should_be_is_exit_code_2_and_one_line(run, prompts):
     _assert_one_error_line(
-        run(ROOT / "cli.py", "dataset", "import", prompts, "--out", prompts / "in"), 1, "prompts.csv"
+        run(ROOT / "cli.py", "dataset", "import", prompts, "--out", prompts / "in"), 2, "prompts.csv"
     )
 
 
