@@ -2,13 +2,26 @@
 
 import torch
 
+from .errors import InputError
+
 
 def choose_device(given: torch.device | str | None = None) -> torch.device:
     """Return the device that was asked for, else the accelerator (CUDA, XPU, MPS, …), else the CPU."""
     if given is not None:
-        return torch.device(given)
+        return _named_device(given)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def _named_device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such type, none of it here, or too few
+        raise InputError(f"no device {str(given)[:40]!r} on this machine; leave it out, or use cpu or cuda") from error
+    if device.type == "meta":
+        raise InputError("the device meta computes nothing; leave it out, or use cpu or cuda")
+    return device
 
 
 def compute_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:

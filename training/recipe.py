@@ -160,7 +160,6 @@ class Recipe(BaseModel):
     compile: bool = Field(False, description="torch.compile the model: minutes at the start, then faster steps.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 30 % slower.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random draw.")
-    name: str = Field("", max_length=200, description="For people and for the file's metadata; the recipe's file name.")
 
     @model_validator(mode="after")
     def _check_timesteps(self) -> "Recipe":
