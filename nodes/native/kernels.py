@@ -1,0 +1,33 @@
+"""ComfyUI's kernels without a backward pass, and plain torch in their place while training."""
+
+import contextlib
+from collections.abc import Iterator
+
+import comfy.model_management
+import comfy.quant_ops
+
+try:  # a package of its own, which ComfyUI installs; its plain torch functions are differentiable
+    from comfy_kitchen.backends import eager
+except ImportError:
+    eager = None
+
+_NAMES = ("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1")
+_NAMES += ("rms_rope", "rms_rope1", "rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln")
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Inside, ComfyUI's models compute with what autograd can follow (Anima's rotation has no switch of its own)."""
+    kitchen = getattr(comfy.quant_ops, "ck", None)
+    names = [name for name in _NAMES if hasattr(kitchen, name) and hasattr(eager, name)]
+    before = {name: getattr(kitchen, name) for name in names}
+    was_training = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    for name in names:
+        setattr(kitchen, name, getattr(eager, name))
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = was_training
+        for name, function in before.items():
+            setattr(kitchen, name, function)

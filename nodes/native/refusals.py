@@ -1,0 +1,68 @@
+"""What cannot be trained on, said before anything is drawn or computed, with what to do instead."""
+
+import logging
+
+from ...errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_PACKED = ("LTXAV", "MiniMaxH3")  # their latents are several tensors in one
+_ON_OTHERS = "train on the bf16, fp16 or fp8 file of the same model; the expert loads on this one too"
+
+
+def check_model(patcher) -> None:
+    """Raise where a MODEL's weights or latents cannot be trained through.
+
+    Raises:
+        InputError: the message names the kind and the remedy.
+    """
+    model = patcher.model
+    kinds = {type(model).__name__, *(base.__name__ for base in type(model).__mro__)}
+    if kinds & set(_PACKED):
+        raise InputError("this model packs sound and picture into one latent, which cannot be trained on: use another")
+    diffusion_model = model.diffusion_model
+    names = {type(module).__name__.lower() for module in diffusion_model.modules()}
+    modules = {type(module).__module__.lower() for module in diffusion_model.modules()}
+    if any("nunchaku" in name for name in names | modules):
+        raise InputError(f"this is a nunchaku (SVDQuant) model, whose kernels have no backward pass: {_ON_OTHERS}")
+    if any("optimizedmodule" in name for name in names) or _is_compiled(patcher):
+        raise InputError("this MODEL is compiled (torch.compile), and adapters cannot be put on it: train before it")
+    for module in diffusion_model.modules():
+        layout = str(getattr(getattr(module, "weight", None), "_layout_cls", "")).lower()
+        if any(kind in layout for kind in ("int8", "convrot", "w4a", "svdquant", "awq")):
+            raise InputError(f"this model's weights are quantised as {layout}, without a backward pass: {_ON_OTHERS}")
+
+
+def _is_compiled(patcher) -> bool:
+    if any("compile" in str(key).lower() for key in patcher.attachments):
+        return True
+    kwargs = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
+    return any("compile" in str(name).lower() for group in kwargs.values() for name in group)
+
+
+def drop_what_is_no_weight(patcher) -> None:
+    """Take off attention patches, wrappers and hooks: they have a state for each call. Weight patches stay."""
+    options = patcher.model_options.get("transformer_options", {})
+    dropped = [
+        name for name in ("patches", "patches_replace", "wrappers", "callbacks", "sample_sigmas") if options.get(name)
+    ]
+    dropped += [name for name in ("model_function_wrapper", "sampler_cfg_function") if patcher.model_options.get(name)]
+    dropped += ["wrappers of the model"] if any(patcher.wrappers.values()) else []
+    if dropped:
+        logger.warning("training without %s of the MODEL: only its weights are trained on", ", ".join(dropped))
+    patcher.model_options = {"transformer_options": {}}
+    patcher.wrappers, patcher.hook_patches, patcher.forced_hooks = {}, {}, None
+
+
+def check_latents(model, latents) -> None:
+    """Raise where a VAE's latents [b, c, …] are not what the model draws in.
+
+    Raises:
+        InputError: the message names both.
+    """
+    expected = model.latent_format.latent_channels
+    if latents.shape[1] != expected:
+        raise InputError(
+            f"the VAE gives {latents.shape[1]} channels and this model draws in {expected}: "
+            "connect the VAE that belongs to the model"
+        )
