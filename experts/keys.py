@@ -39,8 +39,8 @@ _COMPONENTS = {
     "transformer.": "unet",
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
-    "diffusion_model.": "unet",
-    "model.diffusion_model.": "unet",
+    "diffusion_model.": "native",
+    "model.diffusion_model.": "native",
 }
 _BARE_UNET = re.compile(
     r"(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embedding|add_embedding|"
@@ -49,6 +49,8 @@ _BARE_UNET = re.compile(
 _TRANSFORMER = re.compile(
     r"((single_)?transformer_blocks|time_text_embed|context_embedder|x_embedder|pos_embed|norm_out|proj_out)([._]|$)"
 )
+# Native names of Qwen-Image and Mage-Flow, as musubi-tuner and native training write them.
+_QWEN_BLOCK = re.compile(r"lora_unet_transformer_blocks_\d+_")
 _NATIVE_RESNET = {
     "in_layers_2": "conv1",
     "out_layers_3": "conv2",
@@ -203,7 +205,7 @@ def comfyui_matches(key: str) -> bool:
     if path.startswith(("transformer.", f"{TRANSFORMER_PREFIX}_")):
         return _TRANSFORMER.match(re.sub(r"^(lora_)?transformer[._]", "", path)) is not None
     if _TRANSFORMER.match(path.removeprefix(f"{UNET_PREFIX}_")):
-        return False
+        return _QWEN_BLOCK.match(path) is not None
     if path.startswith((f"{UNET_PREFIX}_", "lycoris_", "lora_te_", "lora_te1_", "lora_te2_", "diffusion_model.")):
         return "." not in path or path.startswith("diffusion_model.")
     if path.startswith("unet.") and not path.startswith("unet.base_model."):
@@ -240,8 +242,9 @@ def _module_name(component: str, path: str, two_encoders: bool) -> str:
     if component == "unet":
         path = re.sub(r"\.processor\.to_out$", ".to_out.0", path).replace(".processor.", ".")
         name = path.replace(".", "_")
-    elif path.startswith(f"{UNET_PREFIX}_"):
-        name = path.removeprefix(f"{UNET_PREFIX}_")
+    elif component == "native" or path.startswith(f"{UNET_PREFIX}_"):
+        # ComfyUI's own names: Qwen-Image's `transformer_blocks` are not those of SD3 and FLUX in diffusers.
+        return kohya_name(_diffusers_from_native(path.removeprefix(f"{UNET_PREFIX}_").replace(".", "_")), UNET_PREFIX)
     else:
         return path
     return kohya_name(_diffusers_from_native(name))

@@ -45,7 +45,8 @@ def test_kohya_name_of_a_diffusers_path():
         (f"lora_te2_{TEXT_PATH.replace('.', '_')}.lora_{{}}.weight", kohya_name(TEXT_PATH, "lora_te2")),
         (f"{JOINT}.lora_{{}}.weight", JOINT),
         (f"lycoris_{JOINT[17:]}.lora_{{}}.weight", JOINT),
-        (f"lora_unet_{JOINT[17:]}.lora_{{}}.weight", JOINT),
+        (f"lora_unet_{JOINT[17:]}.lora_{{}}.weight", f"lora_unet_{JOINT[17:]}"),  # Qwen-Image's own name
+        (f"diffusion_model.{INNER.replace('attn1', 'attn')}.lora_{{}}.weight", f"lora_unet_{JOINT[17:]}"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_{}.weight", "lora_unet_double_blocks_0_img_attn_qkv"),
     ],
 )
@@ -183,7 +184,8 @@ def test_parts_of_different_rank_are_refused():
         (f"{SINGLE}.alpha", True),
         ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", True),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight", True),
-        ("lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight", False),
+        ("lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight", True),  # Qwen-Image
+        ("lora_unet_single_transformer_blocks_0_attn_to_q.lora_up.weight", False),
         (f"unet.{PATH}.lora_A.weight", False),
         (f"unet.{PATH}.lora.down.weight", False),
         (f"{PATH}.lora_A.weight", False),
