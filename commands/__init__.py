@@ -19,7 +19,19 @@ from ..typed import printable
 from .outputs import forgiving_output
 from .parser import Parser
 
-COMMANDS = ("dataset", "review", "train", "merge", "protect", "convert", "extract", "inspect", "reproduce", "demo")
+COMMANDS = (
+    "dataset",
+    "review",
+    "judge-train",
+    "train",
+    "merge",
+    "protect",
+    "convert",
+    "extract",
+    "inspect",
+    "reproduce",
+    "demo",
+)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +78,7 @@ def _parse(given: list[str]):
     parser = Parser("safety-experts", description="Train, merge, apply and measure safety experts.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name in named:
-        module = importlib.import_module(f".{name}", __name__)
+        module = importlib.import_module(f".{name.replace('-', '_')}", __name__)
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)

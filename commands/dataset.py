@@ -1,4 +1,4 @@
-"""`safety-experts dataset`: import, export, check, count, split and merge preference data."""
+"""`safety-experts dataset`: import, export, check, count, judge, split and merge preference data."""
 
 import argparse
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..errors import InputError, SafetyExpertsError
 from ..files import check_usable
+from . import judging
 
-HELP = "import, export, check, count, split and merge preference data"
+HELP = "import, export, check, count, judge, split and merge preference data"
 
 _PROMPT_FILES = {"csv": (".csv",), "jsonl": (".jsonl",), "taxonomy": (".yaml", ".yml")}
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     counting = add_verb("stats", _count, "count pairs by category, review, flags and size")
     for verb in (checking, counting):
         verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
+    judging.add_arguments(verbs)
 
 
 def run(arguments: argparse.Namespace) -> None:

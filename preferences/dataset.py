@@ -27,6 +27,7 @@ from .records import (
     read_info,
     refuse_links,
 )
+from .verdicts import TrainingRule, is_trained_on
 
 __all__ = ["DatasetInfo", "NewPair", "PreferenceDataset", "PreferencePair"]
 
@@ -213,11 +214,12 @@ class PreferenceDataset:
             changed = {pair_id: self.pair(pair_id).changed(fields) for pair_id, fields in changes.items()}
             self._metadata.replace(changed)
 
-    def training_pairs(self, category: str | None = None) -> list[PreferencePair]:
+    def training_pairs(self, category: str | None = None, rule: TrainingRule = "all") -> list[PreferencePair]:
         """Return the pairs to train on, in file order: dropped ones left out, flipped ones swapped (files and flags).
 
         Args:
             category: only pairs of this category, in any spelling; None for all.
+            rule: which pairs count, by what judges and reviewers said of them (`verdicts.is_trained_on`).
 
         Raises:
             InputError: nothing is left; the message names the categories there are.
@@ -225,6 +227,12 @@ class PreferenceDataset:
         kept = [pair for pair in self.pairs if pair.review != "dropped"]
         wanted = canonical_category(category) if category is not None else None
         selected = [pair for pair in kept if wanted is None or wanted in pair.categories]
+        trained_on = [pair for pair in selected if is_trained_on(pair, rule)]
+        if selected and not trained_on:
+            raise InputError(
+                f"{self.folder}: none of {len(selected)} pairs is {rule.replace('-', ' ')}; "
+                "judge the dataset, review the doubtful pairs, or train on all"
+            )
         if not selected:
             counts = Counter(name for pair in kept for name in pair.categories)
             there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
@@ -233,7 +241,7 @@ class PreferenceDataset:
                     f"{self.folder} has no pairs to train on ({len(self.pairs)} in all); add or accept some"
                 )
             raise InputError(f"{self.folder} has no pairs of category {wanted!r} to train on; it has {there}")
-        return [pair.swapped() if pair.review == "flipped" else pair for pair in selected]
+        return [pair.swapped() if pair.review == "flipped" else pair for pair in trained_on]
 
     def image_paths(self, pair: PreferencePair) -> tuple[Path, Path]:
         """Return the paths of the chosen and the rejected image.

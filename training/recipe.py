@@ -14,6 +14,7 @@ from ..errors import InputError, did_you_mean
 from ..experts.expert import Expert
 from ..key_values import parse_key_values
 from ..plain_yaml import load_yaml
+from ..preferences.verdicts import TrainingRule
 from .objectives import OBJECTIVES, Parameters
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -152,6 +153,11 @@ class Recipe(BaseModel):
         ge=64,
         description="Bring images of more than this many pixels squared into aspect-ratio buckets of that area; empty: "
         "train at the size they have.",
+    )
+    pairs: TrainingRule = Field(
+        "all",
+        description="Pairs to train on: all, those the judges agree with (agreed), or also those a reviewer accepted "
+        "or flipped (agreed-or-accepted). Dropped pairs never are.",
     )
     horizontal_flip: bool = Field(False, description="Mirror half of the pairs, both images of a pair together.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

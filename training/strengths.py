@@ -62,7 +62,7 @@ def fit_strengths(
     """
     target = choose_device(device)
     dtype = compute_dtype(target, recipe.precision)
-    pairs = dataset.training_pairs()
+    pairs = dataset.training_pairs(rule=recipe.pairs)
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
     model, denoiser = load_policy(checkpoint, recipe, (), target, dtype)
     strengths = nn.Parameter(torch.ones(len(experts), device=target))

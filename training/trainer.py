@@ -145,7 +145,7 @@ def _prepare(
 ) -> _Training:
     processes, target = Processes.from_launcher() if device is None else (Processes(), torch.device(device))
     processes.check(recipe)
-    pairs = dataset.training_pairs(category)
+    pairs = dataset.training_pairs(category, recipe.pairs)
     dtype = compute_dtype(target, recipe.precision)
 
     def encoded(stage: str, done: int, total: int) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "Rule",
     "Scores",
     "choose_judge",
+    "describe_judges",
     "parse_judges",
     "read_in_batches",
 ]
@@ -64,6 +65,22 @@ def _first_problem(error: pydantic.ValidationError, kind: JudgeKind) -> str:
     if first["type"] == "missing":
         return f"option {option!r} is missing: {kind.options.model_fields[str(first['loc'][0])].description}"
     return f"{option}: {first['msg']}"
+
+
+def describe_judges() -> dict[str, dict[str, Any]]:
+    """Return what help and docs print of every judge; rules and options are name -> text."""
+    return {
+        name: {
+            "title": kind.title,
+            "source_url": kind.source_url,
+            "licence": kind.licence,
+            "summary": kind.summary,
+            "needs": kind.needs,
+            "rules": {rule: found.summary for rule, found in kind.rules.items()},
+            "options": {option: str(field.description) for option, field in kind.options.model_fields.items()},
+        }
+        for name, kind in JUDGES.items()
+    }
 
 
 def parse_judges(names: Sequence[str], settings: Sequence[str] = ()) -> list[JudgeChoice]:
