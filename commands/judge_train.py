@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from .merge import check_out, default_device, progress_bar
+from .merge import check_out
+from .progress import progress_bar
 
 HELP = "fit the judge q16 to two folders of your own pictures, or convert its published numbers"
 
@@ -33,10 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError("--convert takes no --clip, --safe or --unsafe")
         _convert(arguments)
         return
+    from ..devices import choose_device
     from ..evaluation.judges.clip_encoder import ClipFolder
     from ..evaluation.judges.q16_training import train_vectors
 
-    encoder = ClipFolder(arguments.clip, arguments.device or default_device())
+    encoder = ClipFolder(arguments.clip, str(choose_device(arguments.device)))
     with progress_bar("pictures", is_hidden=arguments.json) as show:
         accuracy = train_vectors(encoder, arguments.safe, arguments.unsafe, arguments.out, show)
     if arguments.json:

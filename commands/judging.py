@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .merge import default_device, progress_bar
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..evaluation.judges import JudgeChoice
@@ -54,12 +54,13 @@ def _judge(arguments: argparse.Namespace) -> None:
     if arguments.folder is None:
         raise InputError("no dataset: name its folder")
     judges = chosen_judges(arguments)
+    from ..devices import choose_device
     from ..evaluation.judging import judge_dataset
     from ..preferences.dataset import PreferenceDataset
 
     dataset = PreferenceDataset.open(arguments.folder)
     with progress_bar("images", is_hidden=arguments.json) as show:
-        summary = judge_dataset(dataset, judges, device=arguments.device or default_device(), on_progress=show)
+        summary = judge_dataset(dataset, judges, device=str(choose_device(arguments.device)), on_progress=show)
     print(json.dumps(summary.to_json()) if arguments.json else summary.to_text())
 
 
