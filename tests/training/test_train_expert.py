@@ -13,7 +13,7 @@ from safety_experts.commands import run as run_command
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.errors import InputError
-from safety_experts.experts.expert_file import load_expert
+from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
@@ -21,6 +21,7 @@ from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.events import TrainingEvents
+from safety_experts.training.identity import finished_training
 from safety_experts.training.recipe import load_recipe, recipe_of_expert
 from safety_experts.training.trainer import TrainingStoppedError, resume_path, train_expert
 
@@ -95,6 +96,30 @@ def test_a_stopped_run_saves_and_its_resumption_equals_an_uninterrupted_run(expe
     assert load_expert(out).info.trained.finished
     assert not finished.stopped and not resume_path(out).exists()
     assert out.read_bytes() == expert_path.read_bytes()
+
+
+def test_a_finished_training_is_recognised_and_nothing_else_is(expert_path, dataset, tmp_path):
+    checkpoint = load_checkpoint(ensure_toy_checkpoint(), tokenizer_folder=TOKENIZER)
+    recipe, _ = recipe_of_expert(load_expert(expert_path))
+    found = finished_training(expert_path, recipe, dataset, checkpoint)
+    assert found and found.tensors_sha256() == load_expert(expert_path).tensors_sha256()
+    renamed = recipe.model_copy(update={"name": "mine"})
+    assert finished_training(expert_path, renamed, dataset, checkpoint)
+
+    other = recipe.model_copy(update={"seed": 1})
+    assert finished_training(expert_path, other, dataset, checkpoint) is None
+    assert finished_training(expert_path, recipe, dataset, checkpoint, with_experts=[found]) is None
+    assert finished_training(tmp_path / "missing.safetensors", recipe, dataset, checkpoint) is None
+    (tmp_path / "damaged.safetensors").write_bytes(expert_path.read_bytes()[:1000])
+    assert finished_training(tmp_path / "damaged.safetensors", recipe, dataset, checkpoint) is None
+    trained = found.info.trained.model_copy(update={"finished": False})
+    save_expert(
+        replace(found, info=found.info.model_copy(update={"origin": trained})), tmp_path / "stopped.safetensors"
+    )
+    assert finished_training(tmp_path / "stopped.safetensors", recipe, dataset, checkpoint) is None
+
+    with pytest.raises(InputError, match=r"nothing to resume for .*its training is finished"):
+        train(dataset, expert_path, resume=True)
 
 
 def test_stopping_before_the_first_step_leaves_nothing(dataset, tmp_path):
