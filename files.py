@@ -142,6 +142,19 @@ def check_usable(path: str | os.PathLike) -> None:
         raise InputError(f"cannot use {path}: {error.strerror or error}; choose another name") from None
 
 
+def read_stored(path: Path) -> bytes:
+    """Return the bytes of an image of a dataset; a link or a pipe is refused.
+
+    Raises:
+        InputError: it is missing, too, or not an ordinary file.
+    """
+    try:
+        with open_plain(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: the image is missing; put it back, or drop its pair") from None
+
+
 def sync_file(path: str | os.PathLike) -> None:
     """Wait until the disk has what was written to a file."""
     with open(path, "rb+") as written:

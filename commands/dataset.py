@@ -1,6 +1,7 @@
 """`safety-experts dataset`: import, export, check, count, judge, split and merge preference data."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,11 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     exporting.add_argument("--category", metavar="C", help="only pairs of this category")
 
+    _add_comparing_verbs(add_verb)
+
     checking = add_verb("check", _check, "list everything wrong with a dataset; exit 1 if there is anything")
     counting = add_verb("stats", _count, "count pairs by category, review, flags and size")
+    counting.add_argument(
+        "--plots", type=Path, metavar="OUT", help="write PNG pictures of the numbers into this folder"
+    )
     for verb in (checking, counting):
         verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
     judging.add_arguments(verbs)
+
+
+def _add_comparing_verbs(add_verb) -> None:
+    near = {"type": float, "default": 0.8, "metavar": "J", "help": "prompts are near from this similarity of words on"}
+
+    splitting = add_verb("split", _split, "parts between which nothing leaks: near prompts stay together")
+    splitting.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
+    splitting.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, of one dataset a part")
+    splitting.add_argument("--parts", default="train=0.8,held-out=0.2", help="names and shares (default: %(default)s)")
+    splitting.add_argument("--near", **near)
+    splitting.add_argument("--seed", type=int, default=0, help="another seed draws other parts")
+
+    leaking = add_verb("leaks", _find_leaks, "what two datasets have in common; exit 1 if there is anything")
+    for name in ("first", "second"):
+        leaking.add_argument(name, type=Path, metavar="DIR", help="a dataset folder")
+    leaking.add_argument("--near", **near)
+
+    merging = add_verb("merge", _merge, "one dataset of several; a pair in several stands there once")
+    merging.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="dataset folders")
+    merging.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    merging.add_argument("--mixed", action="store_true", help="also of several base checkpoints or settings")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -140,14 +167,76 @@ def _count(arguments: argparse.Namespace) -> None:
     from ..preferences.dataset import PreferenceDataset
     from ..preferences.inspection import summarise_pairs
 
-    summary = summarise_pairs(PreferenceDataset.open(arguments.folder).pairs)
+    pairs = PreferenceDataset.open(arguments.folder).pairs
+    summary = summarise_pairs(pairs)
+    if arguments.plots:
+        from ..preferences.plots import plot_dataset
+
+        summary["plots"] = [str(path) for path in plot_dataset(pairs, arguments.plots)]
     if arguments.json:
         print(json.dumps(summary, ensure_ascii=False))
         return
     for name, value in summary.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+        if isinstance(value, list):
+            value = ", ".join(value)
         print(f"{name}: {value}")
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from ..preferences.dataset import PreferenceDataset
+    from ..preferences.splitting import parse_parts, split_dataset
+
+    parts = parse_parts(arguments.parts)
+    near = _checked_near(arguments.near)
+    dataset = PreferenceDataset.open(arguments.folder)
+    counts = split_dataset(dataset, arguments.out, parts, near=near, seed=arguments.seed)
+    if arguments.json:
+        print(json.dumps({str(arguments.out / name): count for name, count in counts.items()}))
+    else:
+        print("\n".join(f"{arguments.out / name}: {count} pairs" for name, count in counts.items()))
+
+
+def _checked_near(near: float) -> float:
+    if not 0 < near <= 1:
+        raise InputError("--near: a similarity is above 0 and at most 1")
+    return near
+
+
+def _find_leaks(arguments: argparse.Namespace) -> None:
+    from ..preferences.dataset import PreferenceDataset
+    from ..preferences.leaks import find_leaks
+
+    first, second = (PreferenceDataset.open(folder) for folder in (arguments.first, arguments.second))
+    leaks = find_leaks(first, second, _checked_near(arguments.near))
+    if arguments.json:
+        print(json.dumps({"leaks": [dataclasses.asdict(leak) for leak in leaks]}))
+    else:
+        for leak in leaks:
+            examples = ", ".join(f"{a} and {b}" if a != b else a for a, b in leak.examples)
+            print(
+                f"{leak.kind}: {leak.num_first} of {len(first.pairs)} and {leak.num_second} of {len(second.pairs)} "
+                f"pairs, such as {examples}"
+            )
+        if not leaks:
+            print("nothing in common")
+    if leaks:
+        raise SafetyExpertsError(f"{arguments.first} leaks into {arguments.second}; split them anew, or drop the pairs")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from ..preferences.dataset import PreferenceDataset
+    from ..preferences.merging import merge_datasets
+
+    datasets = [PreferenceDataset.open(folder) for folder in arguments.folders]
+    pairs, counts = merge_datasets(datasets, arguments.out, mixed=arguments.mixed)
+    if arguments.json:
+        print(json.dumps({"folder": str(arguments.out), "pairs": len(pairs), "counts": counts}))
+    else:
+        print(
+            "".join([f"{arguments.out}: {len(pairs)} pairs", *(f", {count} {what}" for what, count in counts.items())])
+        )
 
 
 def _show_progress(verb: str):

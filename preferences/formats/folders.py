@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files import open_plain, path_inside, read_text
+from ...files import open_plain, path_inside, read_stored, read_text
 from ..dataset import PreferenceDataset, PreferencePair
-from .format import OUR_FIELDS, FoundPair, Source, image_file, number_names, our_fields, read_stored
+from .format import OUR_FIELDS, FoundPair, Source, image_file, number_names, our_fields
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SIDECAR = f"{OUR_FIELDS}.jsonl"

@@ -10,7 +10,7 @@ import pydantic
 from PIL import Image
 
 from ...errors import InputError
-from ...files import open_plain, path_inside
+from ...files import path_inside
 from ..dataset import PreferenceDataset, PreferencePair
 from ..images import read_image
 from ..prompt_pair import PromptPair, parse_json_line
@@ -146,19 +146,6 @@ def image_file(folder: Path, name: str, where: str) -> OpenImage:
     except InputError as error:
         raise InputError(f"{where}: an image name leaves {folder} or cannot be one; correct it") from error
     return lambda: read_image(path, IMAGE_FORMATS, follow_links=True)
-
-
-def read_stored(path: Path) -> bytes:
-    """Return the bytes of an image of a dataset; a link or a pipe is refused.
-
-    Raises:
-        InputError: it is missing, too, or not an ordinary file.
-    """
-    try:
-        with open_plain(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: the image is missing; put it back, or drop its pair") from None
 
 
 def number_names(pairs: Sequence[PreferencePair]) -> Iterator[tuple[str, PreferencePair]]:

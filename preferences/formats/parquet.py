@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 
 from ...errors import InputError
-from ...files import open_plain
+from ...files import open_plain, read_stored
 from ..dataset import PreferenceDataset, PreferencePair
 from ..images import read_image_bytes
-from .format import IMAGE_FORMATS, OpenImage, read_stored
+from .format import IMAGE_FORMATS, OpenImage
 
 _ROWS_AT_ONCE = 32
 _ROWS_PER_GROUP = 100  # as Hugging Face writes images

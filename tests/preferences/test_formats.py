@@ -235,7 +235,7 @@ def test_a_format_by_the_command_line_there_and_back(dataset, tmp_path, capsys):
 def test_a_failed_export_leaves_nothing(dataset, tmp_path):
     dataset.image_paths(dataset.pairs[3])[1].unlink()
     (tmp_path / "goal").mkdir()
-    leftover = tmp_path / "goal" / ".out-export-abcdefgh"
+    leftover = tmp_path / "goal" / ".out-unfinished-abcdefgh"
     leftover.mkdir()
     with pytest.raises(InputError, match="image is missing"):
         export_dataset(dataset, "kohya", tmp_path / "goal" / "out")
