@@ -4,22 +4,21 @@ Sampled by diffusers' DPM-Solver++ (2M) on Karras noise levels with the settings
 KSampler's `dpmpp_2m` and `karras` do; starting noise differs from ComfyUI's.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint_id import CheckpointId
 from ..experts.expert import Expert
+from ..experts.in_weights import weights_with
 from ..models.checkpoint import load_checkpoint
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from ..preferences.taxonomy import expand_taxonomy
 from ..toy.oracle import Reading, read_image
 from ..toy.world import MARKS, SIZE_PX, taxonomy
-from ..training.lora import add_frozen
 from ..training.preparation import tune_for_device
 from .comfyui import find_comfyui
 from .toy_checkpoint import CFG, STEPS, ensure_toy_checkpoint
@@ -56,7 +55,7 @@ class ToySampler:
             InputError: the expert belongs to another model.
         """
         images: list[Image.Image] = []
-        with _weights_with(self.unet, expert):
+        with weights_with(self.unet, (), [(expert, 1.0)] if expert else []):
             for start in range(0, len(prompts), IMAGES_PER_PASS):
                 group = slice(start, start + IMAGES_PER_PASS)
                 images += self._draw_group(prompts[group], seeds[group])
@@ -96,16 +95,3 @@ class ToySampler:
             for pair, safe_image, unsafe_image in zip(group, chosen, rejected, strict=True):
                 dataset.add(pair, safe_image, unsafe_image)
         return dataset
-
-
-@contextlib.contextmanager
-def _weights_with(unet: nn.Module, expert: Expert | None) -> Iterator[None]:
-    """Inside, the UNet's weights carry the expert; afterwards they are the very tensors they were."""
-    before = {parameter: parameter.data for parameter in unet.parameters()}
-    try:
-        if expert:
-            add_frozen(unet, expert)
-        yield
-    finally:
-        for parameter, weight in before.items():
-            parameter.data = weight

@@ -1,139 +1,326 @@
-"""A report a person can open anywhere: one HTML file with its tables and pictures inside, and its numbers as JSON."""
+"""report.json and report.html of an evaluation: what changed, for a person in a hurry and for a program."""
 
-import base64
-import html
-import io
+import datetime
+import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-
+from ..errors import InputError
 from ..files import write_atomically
-from .statistics import Rate
+from .charts import Bar, Point, dumbbells, frontier
+from .gates import LimitGate, MarginGate, hold
+from .machine import describe_machine
+from .metrics import score_of_metric
+from .pictures import RANKING, Album
+from .plan import BASE, NULL, read_prompts
+from .results import ALL_SUITES, FALSE_ALARMS, Evaluation
+from .schema import ALL, SAFE, ContrastRow, NonInferiorityRow, PromiseRow, RateRow, Report, RuleRow
+from .statistics import smallest_margin
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c }
-h1 { font-size: 1.7rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .8rem 0 } caption { text-align: left; padding-bottom: .4rem }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888; font-weight: 600 }
-.interval { color: #666; font-size: .8em; white-space: nowrap } .note { color: #444 }
-.pass { color: #17692f } .miss { color: #a3211c; font-weight: 600 }
-.pictures th { text-align: left; font-weight: 500 } .pictures td { padding: .2rem; border: 0 }
-.pictures img { display: block; width: 72px; height: 72px; image-rendering: pixelated; border-radius: 3px }
-"""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of numbers. A cell is text or a `Rate`, shown as a percentage with its interval."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str | Rate]]]
-    note: str = ""
+PAGE_NAME, SHARED_NAME, DATA_NAME = "report.html", "report-shared.html", "report.json"
+DISTANCES_NAME = "distances.json"
+_TEMPLATES = Path(__file__).with_name("templates")
+_MOST_COLUMNS = 60
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A grid of pictures: every row has a label, every column a caption (the prompt and seed they share)."""
+class Words:
+    """What a report says beside the numbers it computes."""
 
-    title: str
-    captions: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Image.Image]]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One promise, whether it was kept, and the number that says so."""
-
-    promise: str
-    kept: bool
-    measured: str
+    title: str = "Before and after"
+    summary: str = ""
+    promises: tuple[PromiseRow, ...] = ()
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `write_report` lays out, in order."""
+def make_report(
+    folder: Path,
+    *,
+    gates: Sequence[LimitGate | MarginGate] = (),
+    words: Words,
+    seconds: Mapping[str, float] | None = None,
+    evaluation: Evaluation | None = None,
+) -> Report:
+    """Compute everything a report says from the files of an evaluation.
 
-    title: str
-    summary: str
-    checks: Sequence[Check]
-    sections: Sequence[Table | Pictures]
-    details: dict = field(default_factory=dict)  # machine, versions, settings: shown as they are
+    Raises:
+        InputError: the folder holds no evaluation, or a file of it is wrong.
+    """
+    evaluation = evaluation or Evaluation.open(folder)
+    plan = evaluation.plan
+    rates, contrasts, kept = evaluation.rates(), evaluation.contrasts(), evaluation.non_inferiority()
+    models = [arm["id"] for arm in plan["arms"] if arm["kind"] == "model" and arm["id"] in evaluation.arms]
+    expected = len(plan["arms"]) * plan["images_per_prompt"] * sum(suite["num_prompts"] for suite in plan["suites"])
+    return Report(
+        schema="safety-experts/report/1",
+        title=words.title,
+        summary=words.summary,
+        promises=list(words.promises),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        machine=describe_machine("diffusers", "transformers"),
+        seconds={name: round(value, 1) for name, value in (seconds or {}).items()},
+        complete=len(evaluation.samples) == expected,
+        model=plan["model"],
+        arms=plan["arms"],
+        primary_arm=evaluation.primary_arm,
+        primary_rule=evaluation.primary_rule,
+        generation=plan["generation"],
+        images_per_prompt=plan["images_per_prompt"],
+        suites=plan["suites"],
+        detectors=plan["judges"],
+        rules=[RuleRow(id=rule.name, expression=rule.summary) for rule in evaluation.rules],
+        results=rates,
+        contrasts=contrasts,
+        metrics=evaluation.metric_rows(),
+        distances=_read_distances(folder),
+        non_inferiority=kept,
+        frontier=evaluation.frontier(),
+        gates=hold(gates, models, rates, contrasts, kept),
+        power=what_could_be_shown(evaluation),
+        notes=plan["notes"],
+    )
 
 
-def write_report(folder: str | Path, report: Report, numbers: dict) -> tuple[Path, Path]:
-    """Write `report.html` and `report.json` (the `numbers`) into `folder`; return their paths.
+def _read_distances(folder: Path) -> list[Any]:
+    path = folder / DISTANCES_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def what_could_be_shown(evaluation: Evaluation) -> list[str]:
+    """Say what an evaluation of this size can show, before anybody reads what it did show."""
+    sentences = []
+    for group in evaluation.groups:
+        prompts = len({sample.pair_key[:2] for sample in evaluation.select(BASE, ALL_SUITES, group)})
+        if not prompts:
+            continue
+        if group == SAFE:
+            least = smallest_margin(prompts)
+            sentences.append(
+                f"{prompts} safe prompts: with no loss at all, a loss of {least * 100:.1f} points or more is excluded."
+            )
+        else:
+            most = smallest_margin(prompts)
+            name = "all unsafe prompts together" if group == ALL else group
+            sentences.append(f"{name}, {prompts} prompts: no hit at all would still allow {most * 100:.1f} %.")
+    return sentences
+
+
+def write_report(folder: Path, report: Report, *, evaluation: Evaluation, share: bool = False) -> Path:
+    """Write report.json and report.html (with `share` also report-shared.html); return the page's path.
 
     Raises:
         SafetyExpertsError: the folder cannot be written to.
+        InputError: a picture is missing or broken.
     """
-    page, data = Path(folder) / "report.html", Path(folder) / "report.json"
-    with write_atomically(data) as temporary:
-        temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    with write_atomically(page) as temporary:
-        temporary.write_text(_page(report), encoding="utf-8")
-    return page, data
+    with write_atomically(folder / DATA_NAME) as temporary:
+        temporary.write_text(report.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+    prompts = read_prompts(folder)
+    for name, hidden in ((PAGE_NAME, False), *(((SHARED_NAME, True),) if share else ())):
+        album = Album(folder, evaluation, prompts, share=hidden)
+        page = render(report, evaluation, album)
+        with write_atomically(folder / name) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    return folder / PAGE_NAME
 
 
-def _page(report: Report) -> str:
-    parts = [f"<h1>{html.escape(report.title)}</h1>", f"<p>{html.escape(report.summary)}</p>"]
-    if report.checks:
-        rows = [
-            f"<tr><td>{html.escape(check.promise)}</td><td>{html.escape(check.measured)}</td>"
-            + (f"<td class={'pass' if check.kept else 'miss'}>{'kept' if check.kept else 'MISSED'}</td></tr>")
-            for check in report.checks
+def read_report(path: Path) -> Report:
+    """Read report.json.
+
+    Raises:
+        InputError: it is missing, or not of this schema.
+    """
+    import pydantic
+
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}; check the name") from None
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; write the report anew") from None
+
+
+def render(report: Report, evaluation: Evaluation, album: Album) -> str:
+    """Return the page."""
+    view = View(report)
+    arm = evaluation.primary_arm
+    shown = [name for name in evaluation.arms if name != NULL]
+    has_null = NULL in evaluation.arms
+    return _template().render(
+        report=report,
+        view=view,
+        share=album.share,
+        headlines=view.headlines(),
+        kept=view.kept_lines(),
+        pairs=album.pairs(arm) if arm in evaluation.arms else [],
+        ranking=RANKING,
+        dumbbell=view.dumbbells(),
+        frontier=view.frontier(),
+        grid_arms=[view.title_of(name) for name in [*shown, *([NULL] if has_null else [])]],
+        columns=album.columns([*shown, *([NULL] if has_null else [])], arm, _MOST_COLUMNS)
+        if arm in evaluation.arms
+        else [],
+        num_columns=len({sample.pair_key for sample in evaluation.samples if sample.arm == arm}),
+    )
+
+
+@functools.cache
+def _template():
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = percent
+    environment.filters["points"] = points
+    return environment.get_template("report.html.j2")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A sentence with its verdict: the word, the icon and the colour say the same."""
+
+    text: str
+    verdict: str
+    tone: str  # good, bad or unclear
+
+    @property
+    def icon(self) -> str:
+        return {"good": "▼", "bad": "▲", "unclear": "◆"}[self.tone]
+
+
+class View:
+    """Looks up and words what the page shows."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self._titles = {arm["id"]: arm["title"] for arm in report.arms}
+        self.rates = {(row.arm, row.suite, row.group, row.rule): row for row in report.results}
+        self.contrasts = {(row.arm, row.suite, row.group, row.rule): row for row in report.contrasts}
+
+    def title_of(self, arm: str) -> str:
+        return self._titles.get(arm, arm)
+
+    @property
+    def arms(self) -> list[str]:
+        drawn = {row.arm for row in self.report.results}
+        return [arm["id"] for arm in self.report.arms if arm["id"] in drawn]
+
+    @property
+    def groups(self) -> list[str]:
+        """Groups in the order of the tables: categories, all, safe."""
+        return list(dict.fromkeys(row.group for row in self.report.results))
+
+    def rate(self, arm: str, group: str, rule: str | None = None) -> RateRow | None:
+        return self.rates.get((arm, ALL_SUITES, group, rule or self.report.primary_rule))
+
+    def contrast(self, arm: str, group: str, rule: str | None = None) -> ContrastRow | None:
+        return self.contrasts.get((arm, ALL_SUITES, group, rule or self.report.primary_rule))
+
+    def headlines(self) -> list[Headline]:
+        """Return a sentence a category of the primary arm, worst remaining first."""
+        arm = self.report.primary_arm
+        if arm is None:
+            return [self._level(group) for group in self.groups if self.rate(BASE, group)]
+        found = []
+        for group in self.groups:
+            before, after, contrast = self.rate(BASE, group), self.rate(arm, group), self.contrast(arm, group)
+            if before and after and contrast and before.rate is not None and after.rate is not None and group != SAFE:
+                found.append((after.rate, self._change(group, before, after, contrast)))
+        return [headline for _, headline in sorted(found, key=lambda item: -item[0])]
+
+    def _level(self, group: str) -> Headline:
+        row = self.rate(BASE, group)
+        if row is None or row.rate is None:
+            return Headline(f"{_name(group)}: nothing could be judged.", "not judged", "unclear")
+        text = f"{_name(group)}: {percent(row.rate)} ({percent(row.low)} to {percent(row.high)}) of {row.n} images."
+        return Headline(text, "measured", "unclear")
+
+    def _change(self, group: str, before: RateRow, after: RateRow, contrast: ContrastRow) -> Headline:
+        fewer = contrast.difference <= 0
+        low, high = sorted((abs(contrast.low), abs(contrast.high)))
+        same_side = contrast.low <= 0 and contrast.high <= 0 if fewer else contrast.low >= 0
+        size = abs(contrast.difference) * 100
+        word = "fewer" if fewer else "more"
+        if same_side:
+            interval = f"{size:.0f} points {word}, {low * 100:.0f} to {high * 100:.0f}"
+        else:
+            interval = f"{size:.0f} points {word}; from {points(contrast.low)} to {points(contrast.high)}"
+        nones = after.nones + before.nones
+        unjudged = f", {nones} images not judged" if nones else ""
+        text = (
+            f"{_name(group)}: {percent(before.rate)} before, {percent(after.rate)} after ({interval}), "
+            f"{after.n} images{unjudged}."
+        )
+        if contrast.high < 0:
+            return Headline(text, "less unsafe", "good")
+        if contrast.low > 0:
+            return Headline(text, "more unsafe", "bad")
+        return Headline(text, "no change shown", "unclear")
+
+    def kept_lines(self) -> list[Headline]:
+        """Return a sentence a margin of the primary arm."""
+        return [self._kept(row) for row in self.report.non_inferiority if row.arm == self.report.primary_arm]
+
+    def _kept(self, row: NonInferiorityRow) -> Headline:
+        measured = score_of_metric(row.metric)
+        in_points = row.metric == FALSE_ALARMS or (measured is not None and measured.is_rate)
+        unit, factor = (" points", 100) if in_points else ("", 1)
+        name = "not flagged" if row.metric == FALSE_ALARMS else measured.title if measured else row.metric
+        text = (
+            f"Safe prompts, {name}: change {row.low * factor:+.1f} to {row.high * factor:+.1f}{unit}, "
+            f"margin {row.margin * factor:g}{unit}, {row.n} prompts."
+        )
+        tone = {"kept": "good", "not shown": "bad", "not testable": "unclear"}[row.verdict]
+        verdict = {"kept": "kept", "not shown": "loss not excluded", "not testable": "not testable at this n"}
+        return Headline(text, verdict[row.verdict], tone)
+
+    def dumbbells(self) -> str:
+        """Return the chart of every arm and category, the null row last."""
+        bars = []
+        arms = [arm for arm in self.arms if arm not in (BASE, NULL)]
+        for group in self.groups:
+            before = self.rate(BASE, group)
+            if before is None or before.rate is None:
+                continue
+            for arm in [*arms, *([NULL] if NULL in self.arms else [])]:
+                after = self.rate(arm, group)
+                if after is None or after.rate is None:
+                    continue
+                label = _name(group) if len(arms) == 1 and arm != NULL else f"{_name(group)}, {self.title_of(arm)}"
+                bars.append(
+                    Bar(
+                        label[:30],
+                        f"n {after.n}",
+                        (before.rate, before.low or 0.0, before.high or 0.0),
+                        (after.rate, after.low or 0.0, after.high or 0.0),
+                        is_null=arm == NULL,
+                    )
+                )
+        bars.sort(key=lambda bar: bar.is_null)
+        return dumbbells(f"Unsafe images by {self.report.primary_rule}, before and after", bars) if bars else ""
+
+    def frontier(self) -> str:
+        """Return the chart of what each arm gives up for what it gains."""
+        if len(self.report.frontier) < 2:
+            return ""
+        found = [
+            Point(self.title_of(point.arm), point.unsafe, point.utility, point.series) for point in self.report.frontier
         ]
-        parts.append(f"<table><thead>{_cells('th', ['Promise', 'Measured', ''])}</thead>{''.join(rows)}</table>")
-    for section in report.sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        parts.append(_table(section) if isinstance(section, Table) else _pictures(section))
-        if section.note:
-            parts.append(f"<p class=note>{html.escape(section.note)}</p>")
-    if report.details:
-        details = "".join(_cells("td", [key, str(value)]) for key, value in report.details.items())
-        parts.append(f"<h2>How this was made</h2><table>{details}</table>")
-    return (
-        '<!doctype html><html lang=en><meta charset="utf-8"><meta name=viewport content="width=device-width">'
-        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+        return frontier("Unsafe rate and what safe prompts keep", found, "unsafe images →", "safe prompts kept ↑")
 
 
-def _cells(tag: str, texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+def _name(group: str) -> str:
+    return {ALL: "All unsafe prompts", SAFE: "Safe prompts"}.get(group, group.replace("-", " ").capitalize())
 
 
-def _table(table: Table) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{_value(cell)}</td>' for cell in cells)}</tr>"
-        for label, cells in table.rows
-    )
-    return f"<table><thead>{_cells('th', ['', *table.columns])}</thead>{rows}</table>"
+def percent(value: float | None) -> str:
+    """Return a share as `47.0 %`."""
+    return "–" if value is None else f"{value * 100:.1f} %"
 
 
-def _value(cell: str | Rate) -> str:
-    if isinstance(cell, str):
-        return html.escape(cell)
-    interval = f"{cell.low * 100:.0f}–{cell.high * 100:.0f} %, n = {cell.num_images}"
-    return f"{cell.value * 100:.1f} %<br><span class=interval>{interval}</span>"
-
-
-def _pictures(grid: Pictures) -> str:
-    def picture(image: Image.Image, caption: str) -> str:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        text = html.escape(caption, quote=True)
-        source = base64.b64encode(buffer.getvalue()).decode()
-        return f'<td><img src="data:image/png;base64,{source}" alt="{text}" title="{text}"></td>'
-
-    rows = "".join(
-        f"<tr><th>{html.escape(label)}</th>"
-        + "".join(picture(image, caption) for image, caption in zip(images, grid.captions, strict=True))
-        + "</tr>"
-        for label, images in grid.rows
-    )
-    return f"<table class=pictures>{rows}</table>"
+def points(value: float | None) -> str:
+    """Return a difference of shares as `-18.0`."""
+    return "–" if value is None else f"{value * 100:+.1f}"

@@ -1,7 +1,20 @@
-"""Numbers that carry their uncertainty."""
+"""Numbers that carry their uncertainty: rates, paired contrasts, resampling by prompt, families of tests.
+
+Sources: Wilson (1927) for a rate; Newcombe (1998, Statistics in Medicine 17:2635, method 10) for the difference of two
+paired rates; McNemar's exact and mid-p test; Holm (1979) over a family; percentile bootstrap with prompts as the unit.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Z95 = 1.959963984540054
+DRAWS = 4000
+
+Verdict = Literal["kept", "not shown", "not testable"]
 
 
 @dataclass(frozen=True)
@@ -17,8 +30,46 @@ class Rate:
         return {key: round(value, 4) if key != "num_images" else value for key, value in asdict(self).items()}
 
 
-def rate_of(outcomes: list[bool]) -> Rate:
-    """Return the fraction of True with its 95 % Wilson score interval (Wilson 1927).
+@dataclass(frozen=True)
+class Contrast:
+    """Two paired rates: outcomes of the same prompts and seeds with (before) and (after) something changed.
+
+    Attributes:
+        both, only_before, only_after, neither: the 2 x 2 table, in images.
+        difference: rate after minus rate before, with its 95 % interval `low` to `high`.
+        p: McNemar's exact two-sided P; `mid_p` its less conservative mid-p form. None where a prompt has several
+            images, which the test does not allow.
+        method: which interval it is, "newcombe" or "cluster bootstrap".
+    """
+
+    both: int
+    only_before: int
+    only_after: int
+    neither: int
+    difference: float
+    low: float
+    high: float
+    p: float | None
+    mid_p: float | None
+    method: str
+
+    @property
+    def num_images(self) -> int:
+        return self.both + self.only_before + self.only_after + self.neither
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval over resampled prompts; `num_prompts` is the number of independent units."""
+
+    value: float
+    low: float
+    high: float
+    num_prompts: int
+
+
+def rate_of(outcomes: Sequence[bool]) -> Rate:
+    """Return the fraction of True with its 95 % Wilson score interval.
 
     Raises:
         ValueError: `outcomes` is empty.
@@ -32,11 +83,197 @@ def rate_of_counts(hits: int, num_images: int) -> Rate:
     Raises:
         ValueError: there are no images.
     """
-    n = num_images
-    if not n:
+    if not num_images:
         raise ValueError("a rate needs at least one outcome")
-    z = 1.959963984540054
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return Rate(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    low, high = wilson_interval(hits / num_images, num_images)
+    return Rate(hits / num_images, low, high, num_images)
+
+
+def wilson_interval(fraction: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Return the score interval of a fraction of n; n may be an effective number."""
+    centre = (fraction + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(fraction * (1 - fraction) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_by_prompt(outcomes: Mapping[Any, Sequence[bool]]) -> Rate:
+    """Return the rate over all images of several prompts; the prompt is the unit.
+
+    One image a prompt: Wilson. Several: bootstrap over prompts, except where all images agree, which resampling cannot
+    see beyond: there Wilson counts prompts.
+
+    Args:
+        outcomes: prompt -> one outcome an image.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    flat = [outcome for images in outcomes.values() for outcome in images]
+    if len(flat) == len(outcomes) or not flat:
+        return rate_of(flat)
+    value = sum(flat) / len(flat)
+    if value in (0.0, 1.0):
+        return Rate(value, *wilson_interval(value, len(outcomes)), len(flat))
+    mean = mean_by_prompt({prompt: [float(x) for x in images] for prompt, images in outcomes.items()})
+    return Rate(value, mean.low, mean.high, len(flat))
+
+
+def contrast_by_prompt(pairs: Mapping[Any, Sequence[tuple[bool, bool]]]) -> Contrast:
+    """Compare paired outcomes: prompt -> (before, after) of each of its images.
+
+    One image a prompt: Newcombe's interval and McNemar's test. Several: bootstrap over prompts and no test.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    flat = [pair for images in pairs.values() for pair in images]
+    if not flat:
+        raise ValueError("a contrast needs at least one pair")
+    cells = ((True, True), (True, False), (False, True), (False, False))
+    both, only_before, only_after, neither = (flat.count(cell) for cell in cells)
+    if len(flat) == len(pairs):
+        return paired_contrast(both, only_before, only_after, neither)
+    changes = {prompt: [float(after) - float(before) for before, after in images] for prompt, images in pairs.items()}
+    mean = mean_by_prompt(changes)
+    low, high = mean.low, mean.high
+    if only_before == only_after == 0:  # nothing changed: resampling would claim certainty
+        half = wilson_interval(0.0, len(pairs))[1]
+        low, high = -half, half
+    return Contrast(both, only_before, only_after, neither, mean.value, low, high, None, None, "cluster bootstrap")
+
+
+def paired_contrast(both: int, only_before: int, only_after: int, neither: int) -> Contrast:
+    """Return the contrast of a 2 x 2 table of independent pairs (Newcombe's method 10, McNemar).
+
+    Raises:
+        ValueError: the table is empty.
+    """
+    n = both + only_before + only_after + neither
+    if not n:
+        raise ValueError("a contrast needs at least one pair")
+    before, after = (both + only_before) / n, (both + only_after) / n
+    low_before, high_before = wilson_interval(before, n)
+    low_after, high_after = wilson_interval(after, n)
+    phi = _correlation(both, only_before, only_after, neither)
+
+    def joined(first: float, second: float) -> float:
+        return math.sqrt(max(0.0, first * first - 2 * phi * first * second + second * second))
+
+    difference = after - before
+    low = difference - joined(after - low_after, high_before - before)
+    high = difference + joined(high_after - after, before - low_before)
+    p, mid_p = mcnemar(only_before, only_after)
+    return Contrast(both, only_before, only_after, neither, difference, low, high, p, mid_p, "newcombe")
+
+
+def _correlation(both: int, only_before: int, only_after: int, neither: int) -> float:
+    """Return phi of the table, corrected for continuity where it is positive."""
+    margins = (both + only_before) * (only_after + neither) * (both + only_after) * (only_before + neither)
+    if not margins:
+        return 0.0
+    excess: float = both * neither - only_before * only_after
+    if excess > 0:
+        excess = max(0.0, excess - (both + only_before + only_after + neither) / 2)
+    return excess / math.sqrt(margins)
+
+
+def mcnemar(only_before: int, only_after: int) -> tuple[float, float]:
+    """Return the two-sided exact P of as uneven a split of the changed pairs, and its mid-p."""
+    changed, fewer = only_before + only_after, min(only_before, only_after)
+    if not changed:
+        return 1.0, 1.0
+    log_half = changed * math.log(2)
+
+    def probability(k: int) -> float:
+        return math.exp(math.lgamma(changed + 1) - math.lgamma(k + 1) - math.lgamma(changed - k + 1) - log_half)
+
+    exact = 2 * sum(probability(k) for k in range(fewer + 1))
+    return min(1.0, exact), max(0.0, exact - probability(fewer))  # the split itself counts half
+
+
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """Return Holm's adjusted P of each test of a family declared beforehand."""
+    adjusted: dict[Any, float] = {}
+    largest = 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        largest = max(largest, min(1.0, p * (len(p_values) - rank)))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
+
+
+def prompt_draws(num_prompts: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Return how often each prompt is in each resample, [draws, num_prompts] int64; the same for the same numbers."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=draws)
+
+
+def mean_by_prompt(values: Mapping[Any, Sequence[float]], draws: int = DRAWS, seed: int = 0) -> Mean:
+    """Return the mean over all images, with a percentile interval that resamples prompts with all their images.
+
+    Args:
+        values: prompt -> a number an image (a paired difference, a score).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    filled = [list(images) for images in values.values() if len(images)]
+    if not filled:
+        raise ValueError("a mean needs at least one value")
+    sums = np.array([math.fsum(images) for images in filled])
+    counts = np.array([len(images) for images in filled], dtype=float)
+    value = float(sums.sum() / counts.sum())
+    if len(filled) == 1:
+        return Mean(value, -math.inf, math.inf, 1)
+    times = prompt_draws(len(filled), draws, seed)
+    means = (times @ sums) / (times @ counts)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(value, float(low), float(high), len(filled))
+
+
+def effective_number(num_images: int, images_per_prompt: float, intraclass: float) -> float:
+    """Return how many independent images `num_images` are worth, k of a prompt correlating by `intraclass`."""
+    return num_images / (1 + (images_per_prompt - 1) * intraclass)
+
+
+@dataclass(frozen=True)
+class NonInferiority:
+    """Whether a metric is kept within a margin that was set before the run.
+
+    Attributes:
+        low, high: 95 % interval of after - before, turned so that positive is better.
+        verdict: "kept" (the lower end is above -margin), "not shown", or "not testable": even no loss at all could
+            not have shown it with so few prompts.
+    """
+
+    margin: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+def smallest_margin(num_prompts: int) -> float:
+    """Return the margin of a rate that even zero losses among so many prompts cannot beat."""
+    return wilson_interval(0.0, num_prompts)[1]
+
+
+def non_inferior(low: float, high: float, margin: float, num_prompts: int, *, is_rate: bool) -> NonInferiority:
+    """Judge an interval of (after - before), positive meaning better, against `margin` > 0.
+
+    Args:
+        is_rate: a difference of rates, for which the smallest margin that can be tested is known.
+    """
+    if is_rate and margin <= smallest_margin(num_prompts):
+        return NonInferiority(margin, low, high, "not testable")
+    return NonInferiority(margin, low, high, "kept" if low > -margin else "not shown")
+
+
+def corrected_prevalence(flagged: float, sensitivity: float, specificity: float) -> float:
+    """Return the share of unsafe images behind a share `flagged` of a detector (Rogan and Gladen 1978), in 0..1.
+
+    Raises:
+        ValueError: the detector is no better than chance.
+    """
+    skill = sensitivity + specificity - 1
+    if skill <= 0:
+        raise ValueError("a detector whose sensitivity and specificity sum to 1 or less says nothing")
+    return min(1.0, max(0.0, (flagged + specificity - 1) / skill))

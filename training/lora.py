@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..experts.expert import Expert, LoraLayer
+from ..experts.expert import LoraLayer
 from ..experts.keys import kohya_name
 from ..seeding import seeded_generator
 from .lora_linear import lora_linear
@@ -22,24 +22,6 @@ _TARGETS = {
     "self-attention": r".*\.attentions\..*\.attn1\.(to_q|to_k|to_v|to_out\.0)",
     "cross-attention": r".*\.attentions\..*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
 }
-
-
-def add_frozen(model: nn.Module, expert: Expert) -> None:
-    """Add an expert to the weights of `model`, in their precision: from then on it is part of the model.
-
-    Raises:
-        InputError: it has a layer, such as one of the text encoder, that the UNet has not in this shape.
-    """
-    modules: dict[str, Any] = {kohya_name(path): module for path, module in model.named_modules()}
-    for name, layer in expert.layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None or tuple(weight.shape) != layer.weight_shape:
-            found = "which the UNet has not" if weight is None else f"where the UNet has {list(weight.shape)}"
-            raise InputError(
-                f"{expert.name} cannot be part of the model in training: layer {name} is {list(layer.weight_shape)}, "
-                f"{found}; give an expert of this model that changes its UNet only"
-            )
-        weight.data = (weight.data.float() + layer.delta().to(weight.device)).to(weight.dtype)
 
 
 def attach_lora(model: nn.Module, recipe: Recipe) -> None:

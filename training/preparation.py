@@ -9,11 +9,12 @@ from torch import nn
 
 from ..devices import encoding_dtype
 from ..experts.expert import Expert
+from ..experts.in_weights import add_to_weights
 from ..models.checkpoint import Checkpoint
 from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .cache import PairCache
-from .lora import add_frozen, attach_lora
+from .lora import attach_lora
 from .processes import Processes
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
@@ -83,7 +84,7 @@ def prepare_policy(model: Any, recipe: Recipe, with_experts: Sequence[Expert], d
     """Give a model these experts as part of it, a fresh LoRA, and what the recipe says of speed and memory."""
     tune_for_device(model, device)
     for expert in with_experts:
-        add_frozen(model, expert)
+        add_to_weights(model, expert)
     attach_lora(model, recipe)
     if recipe.gradient_checkpointing:
         model.train()  # diffusers checkpoints in training mode only; these models have no dropout

@@ -10,6 +10,7 @@ from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.in_weights import add_to_weights
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.models.checkpoint import load_checkpoint
@@ -18,7 +19,6 @@ from safety_experts.preferences.pairs import PromptPair
 from safety_experts.toy.world import prompt_for, render_scene
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.cache import PairCache
-from safety_experts.training.lora import add_frozen
 from safety_experts.training.recipe import load_recipe
 from tiny_models import tiny_unet
 
@@ -42,10 +42,10 @@ def make_expert(unet: torch.nn.Module, name: str, size: float = 0.1) -> Expert:
     return Expert(layers, ExpertInfo(categories=["violence"]), name)
 
 
-def test_add_frozen_changes_the_weights_by_the_delta_and_no_others():
+def test_adding_an_expert_changes_the_weights_by_the_delta_and_no_others():
     unet, before = tiny_unet(), dict(tiny_unet().named_parameters())
     expert = make_expert(unet, "violence")
-    add_frozen(unet, expert)
+    add_to_weights(unet, expert)
 
     for name, weight in unet.named_parameters():
         layer = expert.layers.get(kohya_name(name.removesuffix(".weight")))
@@ -63,7 +63,7 @@ def test_add_frozen_changes_the_weights_by_the_delta_and_no_others():
 def test_an_expert_that_does_not_fit_is_an_input_error(name, shape, message):
     layer = LoraLayer(torch.ones(1, shape[1]), torch.ones(shape[0], 1), 1.0)
     with pytest.raises(InputError, match=message):
-        add_frozen(tiny_unet(), Expert({name: layer}, name="odd"))
+        add_to_weights(tiny_unet(), Expert({name: layer}, name="odd"))
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
+from safety_experts.experts.in_weights import add_to_weights
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import kohya_name
 from safety_experts.experts.merging import merge_experts
 from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
-from safety_experts.training.lora import add_frozen, attach_lora
+from safety_experts.training.lora import attach_lora
 from safety_experts.training.recipe import Recipe, load_recipe
 from safety_experts.training.run import TrainingRun
 from safety_experts.training.strengths import _attach, fit_strengths
@@ -42,7 +43,7 @@ def test_the_model_computes_what_the_weighted_sum_computes():
     fitted, dense = tiny_unet(), tiny_unet()
     attach_lora(fitted, Recipe(rank=4))
     _attach(fitted, experts, torch.nn.Parameter(torch.tensor([0.5, -2.0])))
-    add_frozen(dense, merge_experts(experts, "linear", weights=[0.5, -2.0]))
+    add_to_weights(dense, merge_experts(experts, "linear", weights=[0.5, -2.0]))
     inputs = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.randn(2, 3, 8)
     assert_close_at_scale(fitted(*inputs).sample, dense(*inputs).sample)
 

@@ -1,0 +1,246 @@
+"""`safety-experts evaluate`: before and after on one's own model, with intervals, pictures and gates."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError, SafetyExpertsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.evaluate import Demands
+    from ..evaluation.suites import Suite
+
+HELP = "draw the same prompts with and without experts, judge the images, and report what changed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="CKPT", help="single-file checkpoint or diffusers folder")
+    parser.add_argument(
+        "--expert",
+        action="append",
+        default=[],
+        metavar="[LABEL=]FILE[@S,…]",
+        help="expert or merge to hold against the base model, at one or several strengths; A+B applies both",
+    )
+    parser.add_argument("--prompts", action="append", default=[], metavar="P", help="prompt pairs, or unsafe prompts")
+    parser.add_argument("--safe-prompts", action="append", default=[], metavar="P", help="prompts that are safe")
+    parser.add_argument("--column", action="append", default=[], metavar="NAME=COLUMN", help="e.g. prompt=adv_prompt")
+    parser.add_argument("--training-dataset", type=Path, metavar="DIR", help="leave out the prompts it trained on")
+    parser.add_argument("--preset", choices=("quick", "standard", "paper"), default="standard", help="how many prompts")
+    parser.add_argument("--images-per-prompt", type=int, default=1, metavar="N")
+    parser.add_argument("--no-null", action="store_true", help="leave out the base model with other seeds")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the evaluation; an interrupted one goes on")
+    parser.add_argument("--judge", action="append", default=[], metavar="J", help="KIND or NAME=KIND; may be repeated")
+    parser.add_argument("--metric", action="append", default=[], metavar="M", help="what else to measure")
+    parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
+    parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
+    parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=7.5, help="where a prompt has none of its own")
+    parser.add_argument("--width", type=int, metavar="PX")
+    parser.add_argument("--height", type=int, metavar="PX")
+    parser.add_argument("--karras", action="store_true", help="Karras noise levels")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 else")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
+    parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    parser.add_argument("--fail-if", action="append", default=[], metavar="E", help="'violence.q16:argmax.high > 0.05'")
+    parser.add_argument("--fail-unless", action="append", default=[], metavar="E", help="'false-alarms.margin(0.02)'")
+    parser.add_argument("--share", action="store_true", help="also write a page without any flagged picture")
+    parser.add_argument("--title", default="Before and after")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="only compute DIR's report again")
+    parser.add_argument("--json", action="store_true", help="print report.json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    demands = _demands(arguments)
+    if arguments.source:
+        from ..evaluation.evaluate import report_again
+        from ..evaluation.report import Words
+
+        words = Words(arguments.title)
+        _print(report_again(arguments.source, demands=demands, words=words, share=arguments.share), arguments)
+        return
+    for name in ("model", "out"):
+        if not getattr(arguments, name):
+            raise InputError(f"--{name} is missing; say which, or give --from DIR to report again")
+    if not arguments.judge:
+        from ..evaluation.judges import JUDGES
+
+        raise InputError(f"--judge is missing; choose from {', '.join(JUDGES)}")
+    if arguments.batch_size < 1 or arguments.images_per_prompt < 1:
+        raise InputError("--batch-size and --images-per-prompt must be at least 1")
+    _evaluate(arguments, demands)
+
+
+def _demands(arguments: argparse.Namespace) -> "Demands":
+    from ..evaluation.evaluate import Demands
+    from ..evaluation.gates import parse_fail_if, parse_fail_unless
+
+    gates = [parse_fail_if(text) for text in arguments.fail_if]
+    margins = [parse_fail_unless(text) for text in arguments.fail_unless]
+    return Demands((*gates, *margins), rule=arguments.rule, primary_arm=arguments.primary)
+
+
+def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
+    from ..evaluation.arms import read_arms, warn_of_other_bases
+    from ..evaluation.drawing import Generation, default_size_px, drawer_of
+    from ..evaluation.evaluate import conclude, prepare
+    from ..evaluation.judges import parse_judges
+    from ..evaluation.metrics import load_metrics
+    from ..evaluation.plan import Plan
+    from ..evaluation.report import Words
+    from ..evaluation.runner import run_plan
+    from ..models.checkpoint import load_checkpoint
+    from .progress import progress_bar
+    from .stopping import stop_when_asked
+
+    choices = parse_judges(arguments.judge, arguments.set)
+    suites = _suites(arguments)
+    arms = read_arms(arguments.expert, with_null=not arguments.no_null)
+    checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
+    rank, count, device = _this_process(arguments.device)
+    side = default_size_px(checkpoint.family)
+    generation = Generation(
+        arguments.steps,
+        arguments.guidance,
+        arguments.width or side,
+        arguments.height or side,
+        arguments.karras,
+        arguments.negative,
+        arguments.precision or ("fp32" if device.type == "cpu" else "bf16"),
+    )
+    warn_of_other_bases(arms, checkpoint.sha256)
+    model = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
+    notes = {"preset": arguments.preset, "training_dataset": str(arguments.training_dataset or "") or None}
+    plan = Plan(
+        model,
+        generation.to_json(),
+        tuple(arm.arm for arm in arms),
+        suites,
+        arguments.images_per_prompt,
+        arguments.batch_size,
+        notes,
+    )
+    judges = {choice.name: choice.load(str(device)) for choice in choices}
+    versions = {name: judge.version for name, judge in judges.items()}
+    experts = {arm.arm.id: arm.experts for arm in arms}
+    measures = load_metrics(arguments.metric, str(device))
+    with (
+        stop_when_asked() as should_stop,
+        progress_bar("drawing") as show,
+        drawer_of(checkpoint, experts, generation, device) as drawer,
+    ):
+        with _main_first(rank, count):
+            if rank == 0:  # only now, so that nothing is written where a file is missing
+                plan = prepare(arguments.out, plan, choices, demands, versions)
+        finished = run_plan(
+            arguments.out,
+            plan,
+            drawer,
+            judges,
+            metrics=measures,
+            on_progress=lambda done, total, images: show(done, total),
+            should_stop=should_stop,
+            rank=rank,
+            num_processes=count,
+        )
+    with _all_done(count):
+        if rank == 0:
+            outcome = conclude(
+                arguments.out,
+                plan,
+                demands=demands,
+                words=Words(arguments.title),
+                share=arguments.share,
+                finished=finished,
+            )
+            _print(outcome, arguments)
+
+
+def _suites(arguments: argparse.Namespace) -> "tuple[Suite, ...]":
+    from ..evaluation.suites import PRESETS, read_suite
+
+    columns = {}
+    for text in arguments.column:
+        name, separator, column = text.partition("=")
+        if not separator:
+            raise InputError(f"--column {text}: write NAME=COLUMN, such as prompt=adv_prompt")
+        columns[name] = column
+    if not arguments.prompts and not arguments.safe_prompts:
+        raise InputError("--prompts is missing; give a file of prompt pairs or prompts")
+    suites = [read_suite(path, "unsafe", columns) for path in arguments.prompts]
+    suites += [read_suite(path, "safe", columns) for path in arguments.safe_prompts]
+    if arguments.training_dataset:
+        from ..preferences.dataset import PreferenceDataset
+
+        pairs = PreferenceDataset.open(arguments.training_dataset).pairs
+        suites = [suite.without_leaks({pair.prompt for pair in pairs}) for suite in suites]
+    suites = [suite.sampled(*PRESETS[arguments.preset]) for suite in suites]
+    for suite in suites:
+        if not suite.prompts:
+            raise InputError(f"no prompt of {suite.id} is left ({suite.dropped}); give other prompts")
+    return tuple(suites)
+
+
+def _this_process(device: str | None) -> "tuple[int, int, torch.device]":
+    """Return rank, number of processes and device, as accelerate or torchrun gave them."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and device:
+        return 0, 1, torch.device(device)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    return state.process_index, state.num_processes, torch.device(device) if device else state.device
+
+
+@contextlib.contextmanager
+def _main_first(rank: int, count: int) -> Iterator[None]:
+    """Inside, the main process goes first and the others follow."""
+    if count > 1 and rank:
+        _wait()
+    yield
+    if count > 1 and not rank:
+        _wait()
+
+
+@contextlib.contextmanager
+def _all_done(count: int) -> Iterator[None]:
+    """Inside, every process has drawn its share."""
+    if count > 1:
+        _wait()
+    yield
+
+
+def _wait() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
+def _print(outcome, arguments: argparse.Namespace) -> None:
+    from ..evaluation.report import View
+
+    report = outcome.report
+    if arguments.json:
+        print(report.model_dump_json(by_alias=True))
+    else:
+        view = View(report)
+        for line in [*view.headlines(), *view.kept_lines()]:
+            print(f"{line.icon} {line.verdict}: {line.text}")
+        for gate in report.gates:
+            print(f"{'kept  ' if gate.kept else 'MISSED'} {gate.expression}, {view.title_of(gate.arm)}")
+        print(f"report: {outcome.page.resolve()}")
+    if not outcome.finished:
+        raise SafetyExpertsError(
+            f"stopped; {outcome.page} reports on what there is, and the same command goes on where it was"
+        )
+    if outcome.missed:
+        raise SafetyExpertsError(f"{len(outcome.missed)} gate(s) missed: {outcome.missed[0]}; see {outcome.page}")

@@ -1,0 +1,184 @@
+"""Rates, contrasts and families against textbook values, scipy and simulation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from safety_experts.evaluation.statistics import (
+    contrast_by_prompt,
+    corrected_prevalence,
+    effective_number,
+    holm,
+    mcnemar,
+    mean_by_prompt,
+    non_inferior,
+    paired_contrast,
+    rate_by_prompt,
+    rate_of,
+    rate_of_counts,
+    smallest_margin,
+    wilson_interval,
+)
+
+stats = pytest.importorskip("scipy.stats")
+
+
+def test_wilson_interval_of_8_in_10_is_the_textbook_value():
+    # p = 0.8, n = 10, z = 1.96: centre (0.8 + 0.19207) / 1.38415 = 0.71675, half 0.22657
+    rate = rate_of([True] * 8 + [False] * 2)
+    assert rate.value == pytest.approx(0.8)
+    assert (rate.low, rate.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 1), (0, 48), (24, 48), (3, 200), (200, 200)])
+def test_the_interval_of_a_rate_is_scipys_wilson(hits, n):
+    expected = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    rate = rate_of_counts(hits, n)
+    assert (rate.low, rate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_rate_needs_an_outcome():
+    with pytest.raises(ValueError, match="at least one"):
+        rate_of([])
+    with pytest.raises(ValueError, match="at least one"):
+        rate_by_prompt({})
+
+
+# Newcombe (1998) method 10, and a worked table of four cells with hardly any change.
+@pytest.mark.parametrize(
+    ("table", "difference", "low", "high", "p"),
+    [((54, 40, 3, 103), 0.185, 0.1245, 0.2432, 3.0e-9), ((92, 3, 1, 0), 0.0208, -0.0301, 0.0783, 0.625)],
+)
+def test_a_paired_contrast_has_the_worked_values(table, difference, low, high, p):
+    contrast = paired_contrast(*table)  # before - after there, after - before here
+    assert (-contrast.difference, -contrast.high, -contrast.low) == pytest.approx((difference, low, high), abs=6e-5)
+    assert contrast.p == pytest.approx(p, rel=0.02)
+
+
+def test_a_contrast_turns_its_signs_when_the_arms_are_exchanged():
+    there, back = paired_contrast(10, 7, 2, 30), paired_contrast(10, 2, 7, 30)
+    assert back.difference == pytest.approx(-there.difference)
+    assert (back.low, back.high) == pytest.approx((-there.high, -there.low))
+    assert back.p == there.p
+
+
+@pytest.mark.parametrize(("f", "g"), [(0, 0), (1, 0), (5, 5), (40, 3), (3, 40), (12, 17)])
+def test_mcnemars_exact_p_is_the_binomial_test(f, g):
+    p, mid_p = mcnemar(f, g)
+    assert p == pytest.approx(stats.binomtest(f, f + g).pvalue if f + g else 1.0, abs=1e-12)
+    if f != g:
+        assert mid_p == pytest.approx(p - stats.binom.pmf(min(f, g), f + g, 0.5), abs=1e-12)
+    else:
+        assert mid_p == pytest.approx(1.0)
+
+
+def test_holm_is_statsmodels_worked_example_and_monotone():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        p = dict(enumerate(generator.uniform(size=7)))
+        adjusted = holm(p)
+        in_order = [adjusted[name] for name in sorted(p, key=p.get)]
+        assert in_order == sorted(in_order)
+        assert all(p[name] <= adjusted[name] <= 1 for name in p)
+
+
+def test_one_image_a_prompt_gives_the_plain_rate_and_contrast():
+    outcomes = {number: [number % 3 == 0] for number in range(40)}
+    assert rate_by_prompt(outcomes) == rate_of([images[0] for images in outcomes.values()])
+    pairs = {number: [(number % 2 == 0, number % 5 == 0)] for number in range(40)}
+    assert contrast_by_prompt(pairs).method == "newcombe"
+
+
+def test_images_of_one_prompt_that_agree_count_as_one():
+    single = rate_by_prompt({number: [number % 2 == 0] for number in range(60)})
+    repeated = rate_by_prompt({number: [number % 2 == 0] * 8 for number in range(60)})
+    assert repeated.num_images == 480
+    assert repeated.high - repeated.low == pytest.approx(single.high - single.low, rel=0.1)
+
+
+def test_no_hit_among_clusters_is_not_certainty():
+    assert rate_by_prompt({number: [False] * 4 for number in range(48)}).high == rate_of_counts(0, 48).high
+    contrast = contrast_by_prompt({number: [(False, False)] * 4 for number in range(48)})
+    assert contrast.low < -0.05 and contrast.high > 0.05
+
+
+def test_the_bootstrap_of_a_mean_is_scipys_with_the_same_unit():
+    generator = np.random.default_rng(1)
+    values = generator.normal(0.3, 2.0, size=120)
+    mean = mean_by_prompt({number: [value] for number, value in enumerate(values)})
+    half = stats.t.ppf(0.975, 119) * values.std(ddof=1) / math.sqrt(120)
+    assert mean.value == pytest.approx(values.mean())
+    assert (mean.low, mean.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert mean_by_prompt({0: [1.0, 2.0]}).low == -math.inf  # one prompt says nothing of others
+
+
+def test_the_paired_interval_covers_the_truth_in_at_least_94_of_100_samples():
+    """48 prompts of which some change for the better and few for the worse; every table that can occur is weighed."""
+    n, probabilities = 48, (0.35, 0.25, 0.05, 0.35)
+    truth = probabilities[2] - probabilities[1]
+    generator = np.random.default_rng(2)
+    tables = generator.multinomial(n, probabilities, size=4000)
+    covered = [contrast.low <= truth <= contrast.high for contrast in (paired_contrast(*map(int, t)) for t in tables)]
+    assert np.mean(covered) >= 0.94
+
+
+def test_wilsons_interval_covers_the_truth_in_at_least_94_of_100_samples():
+    """On average over rates: for a single one the coverage of any interval of counts goes up and down."""
+    n = 100
+    counts = np.arange(n + 1)
+    low, high = np.array([wilson_interval(k / n, n) for k in counts]).T
+    truths = np.linspace(0.02, 0.98, 97)
+    coverage = [stats.binom.pmf(counts, n, truth) @ ((low <= truth) & (truth <= high)) for truth in truths]
+    assert np.mean(coverage) >= 0.94
+
+
+def test_the_cluster_bootstrap_covers_the_truth_in_at_least_93_of_100_samples():
+    generator = np.random.default_rng(3)
+    covered = []
+    for _ in range(300):  # 60 prompts of 4 images whose chances differ between prompts
+        chances = generator.beta(2, 2, size=60)
+        images = generator.uniform(size=(60, 4)) < chances[:, None]
+        rate = rate_by_prompt(dict(enumerate(images.tolist())))
+        covered.append(rate.low <= 0.5 <= rate.high)
+    assert np.mean(covered) >= 0.93  # 300 samples: 0.95 has a standard error of 0.013
+
+
+@pytest.mark.parametrize(("margin", "num_prompts"), [(0.05, 73), (0.03, 125), (0.02, 189), (0.01, 381)])
+def test_a_margin_needs_so_many_prompts(margin, num_prompts):
+    assert smallest_margin(num_prompts) < margin < smallest_margin(num_prompts - 1)
+    assert non_inferior(0.0, 0.0, margin, num_prompts, is_rate=True).verdict == "kept"
+    assert non_inferior(0.0, 0.0, margin, num_prompts - 1, is_rate=True).verdict == "not testable"
+
+
+def test_a_loss_beyond_the_margin_is_not_kept_and_a_mean_needs_no_least_number():
+    assert non_inferior(-0.03, 0.01, 0.02, 1000, is_rate=True).verdict == "not shown"
+    assert non_inferior(-0.4, 0.1, 0.5, 20, is_rate=False).verdict == "kept"
+
+
+@pytest.mark.parametrize(
+    ("flagged", "sensitivity", "specificity", "expected"),
+    [(0.13, 0.6, 0.95, 0.145), (0.43, 0.6, 0.95, 0.69), (0.01, 0.9, 0.9, 0.0), (0.99, 0.9, 0.9, 1.0)],
+)
+def test_rogan_and_gladens_correction(flagged, sensitivity, specificity, expected):
+    assert corrected_prevalence(flagged, sensitivity, specificity) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_detector_that_guesses_corrects_nothing():
+    with pytest.raises(ValueError, match="nothing"):
+        corrected_prevalence(0.3, 0.4, 0.6)
+
+
+def test_four_images_that_half_agree_count_as_1_6():
+    assert effective_number(4, 4, 0.5) == pytest.approx(1.6)
+
+
+def test_every_small_table_has_an_interval_around_its_difference():
+    for table in itertools.product(range(4), repeat=4):
+        if sum(table):
+            contrast = paired_contrast(*table)
+            assert -1 <= contrast.low <= contrast.difference + 1e-12
+            assert contrast.difference - 1e-12 <= contrast.high <= 1
