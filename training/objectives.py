@@ -91,6 +91,15 @@ class RobustParameters(Parameters):
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="Assumed fraction of flipped labels.")
 
 
+class BoundedParameters(Parameters):
+    rejected_share: float = Field(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Mixture weight of the rejected image (lambda): it adds at most -log(1 - lambda) to u.",
+    )
+
+
 class SafeDpoParameters(Parameters):
     safety_margin: float = Field(1.0, ge=0, description="Margin Delta asked of safe over unsafe pairs, in units of u.")
 
@@ -144,31 +153,49 @@ def robust(predictions: PairPredictions, beta: float, parameters: RobustParamete
     return (-(1 - e) * functional.logsigmoid(u) + e * functional.logsigmoid(-u)) / (1 - 2 * e)
 
 
+def bounded(predictions: PairPredictions, beta: float, parameters: BoundedParameters) -> Tensor:
+    """A rejected image that cannot be pushed without limit: its likelihood ratio is mixed with the reference's.
+
+        u_b = r_chosen - log(lambda exp(r_rejected) + 1 - lambda),  loss = -log sigmoid(u_b)
+
+    lambda 1 would be the sigmoid loss, 0 drops the rejected image. Our diffusion form of the mixture in Diff-SNPO's
+    bounded DPO (ICLR 2026), whose lambda is 0.9.
+    """
+    chosen, rejected = predictions.errors().rewards(beta)
+    share = torch.tensor(parameters.rejected_share, dtype=rejected.dtype, device=rejected.device)
+    mixed = torch.logaddexp(share.log() + rejected, torch.log1p(-share).expand_as(rejected))
+    return -functional.logsigmoid(chosen - mixed)
+
+
 def safe_dpo(predictions: PairPredictions, beta: float, parameters: SafeDpoParameters) -> Tensor:
     """SafeDPO: swap a pair whose chosen image alone is unsafe, drop one where both are, ask a margin.
 
         loss = -log sigmoid(u - (h_rejected - h_chosen) Delta)      h = 1 where unsafe, after the swap
 
-    Dropped pairs have loss 0. Source: arXiv 2505.20065; the mapping to diffusion (Delta in units of u) is ours.
+    Dropped pairs have loss 0 and the others count for them: the mean over the batch is that over kept pairs, since the
+    paper drops from the data. Source: arXiv 2505.20065; the mapping to diffusion (Delta in units of u) is ours.
     """
     swap = predictions.chosen_unsafe & ~predictions.rejected_unsafe
     dropped = predictions.chosen_unsafe & predictions.rejected_unsafe
     is_safe_over_unsafe = predictions.chosen_unsafe ^ predictions.rejected_unsafe
     u = predictions.errors().where_swapped(swap).logit(beta)
-    return -functional.logsigmoid(u - is_safe_over_unsafe * parameters.safety_margin) * ~dropped
+    num_kept = (~dropped).sum().clamp(min=1)
+    losses = -functional.logsigmoid(u - is_safe_over_unsafe * parameters.safety_margin) * ~dropped
+    return losses * (len(losses) / num_kept)
 
 
 def sc_dpo(predictions: PairPredictions, beta: float, parameters: ScDpoParameters) -> Tensor:
     """SC-DPO-style, not the paper's exact form: order pairs by preference minus cost, weigh hard pairs up.
 
-        reward = [chosen] - lambda [unsafe], pairs ordered by it;  loss = -(1 - sigmoid(u))^gamma log sigmoid(u)
+        reward = [chosen] - lambda [unsafe], pairs ordered by it;  loss = -(2 - 2 sigmoid(u))^gamma log sigmoid(u)
 
-    The weight carries no gradient. Our reading of arXiv 2504.14290 (methods §3), with the dataset's flags as cost.
+    The weight is 1 at u = 0, so that gamma does not weaken a fresh expert's gradient, and carries none. Our reading of
+    arXiv 2504.14290 (methods §3), with the dataset's flags as cost.
     """
     cost_chosen, cost_rejected = predictions.chosen_unsafe * 1.0, predictions.rejected_unsafe * 1.0
     swap = 1 - parameters.cost_weight * cost_chosen < -parameters.cost_weight * cost_rejected
     u = predictions.errors().where_swapped(swap).logit(beta)
-    return -((1 - torch.sigmoid(u.detach())) ** parameters.focus) * functional.logsigmoid(u)
+    return -((2 - 2 * torch.sigmoid(u.detach())) ** parameters.focus) * functional.logsigmoid(u)
 
 
 def kto(predictions: PairPredictions, beta: float, _: Parameters) -> Tensor:
@@ -245,6 +272,14 @@ OBJECTIVES: dict[str, Objective] = {
     "sigmoid": Objective(
         "Diffusion-DPO, AlignGuard", "arXiv 2311.12908", "-log s(u)", sigmoid, lambda parameters: math.log(2)
     ),
+    "bounded": Objective(
+        "Bounded DPO (our diffusion form)",
+        "Diff-SNPO, ICLR 2026",
+        "-log s(r_chosen - log(lambda exp(r_rejected) + 1 - lambda))",
+        bounded,
+        lambda parameters: math.log(2),
+        BoundedParameters,
+    ),
     "safe-dpo": Objective(
         "SafeDPO",
         "arXiv 2505.20065",
@@ -256,9 +291,9 @@ OBJECTIVES: dict[str, Objective] = {
     "sc-dpo": Objective(
         "SC-DPO (our reading)",
         "arXiv 2504.14290",
-        "-(1 - s(u))^gamma log s(u), pairs ordered by preference minus cost",
+        "-(2 - 2 s(u))^gamma log s(u), pairs ordered by preference minus cost",
         sc_dpo,
-        lambda parameters: 0.5**parameters.focus * math.log(2),
+        lambda parameters: math.log(2),
         ScDpoParameters,
     ),
     "ipo": Objective("IPO", "arXiv 2310.12036", "(u - 1/2)^2", ipo, lambda parameters: 0.25),

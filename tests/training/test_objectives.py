@@ -1,5 +1,6 @@
 """Worked numbers. At beta 2 the logit is the fall of the chosen error minus the fall of the rejected one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -51,8 +52,8 @@ def test_worked_numbers_where_the_chosen_error_falls_by_2_and_the_rejected_rises
     assert loss_of("robust", *case, label_smoothing=0.2) == pytest.approx((0.8 * yes - 0.2 * no) / 0.6)
     # margin 1 inside the sigmoid for a safe-over-unsafe pair: u becomes 2
     assert loss_of("safe-dpo", *case, safety_margin=1.0) == pytest.approx(math.log(1 + math.exp(-2)))
-    # focal weight (1 - s(3))^2
-    weight = (1 / (1 + math.exp(3))) ** 2
+    # focal weight (2 - 2 s(3))^2
+    weight = (2 / (1 + math.exp(3))) ** 2
     assert loss_of("sc-dpo", *case, focus=2.0) == pytest.approx(weight * yes)
     # baseline max(0, (2 - 1) / 2) = 0.5: (2 - s(1.5) - s(1.5)) / 2
     assert loss_of("kto", *case) == pytest.approx(1 - 1 / (1 + math.exp(-1.5)))
@@ -65,6 +66,33 @@ def test_worked_numbers_where_the_chosen_error_falls_by_2_and_the_rejected_rises
     # (p - b (1 - s(u)) (p - ref))^2 with p = 1, ref = sqrt 3, b = 2
     pull = 2 * (1 - p)
     assert loss_of("dspo", *case) == pytest.approx((1 - pull * (1 - math.sqrt(3))) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("chosen_change", "rejected_change", "share", "expected"),
+    [
+        (-2, 1, 0.5, 0.08852),  # u_b = 2.3799
+        (-2, 1, 0.9, 0.05670),  # u_b = 2.8414
+        (0, 100, 0.5, 0.40547),  # u_b = ln 2, all that the rejected image can add
+        (0, 100, 0.9, 0.09531),  # u_b = ln 10
+        (-2, 1, 0.0, 0.12693),  # u_b = 2: the rejected image is dropped
+        (0, 0, 0.7, 0.69315),
+    ],
+)
+def test_the_bounded_loss_gains_no_more_from_a_rejected_image_than_its_share(
+    chosen_change, rejected_change, share, expected
+):
+    errors = (5.0 + chosen_change, 5.0 + rejected_change, 5.0, 5.0)
+    assert loss_of("bounded", *errors, rejected_share=share) == pytest.approx(expected, abs=5e-6)
+
+
+def test_safe_dpo_takes_the_mean_over_the_pairs_that_it_keeps():
+    case = (1.0, 4.0, 3.0, 3.0)
+    kept, dropped = predictions_of(*case), predictions_of(*case, unsafe=(True, True))
+    both = PairPredictions(
+        *(torch.cat([getattr(kept, f.name), getattr(dropped, f.name)]) for f in dataclasses.fields(PairPredictions))
+    )
+    assert loss("safe-dpo", both).mean().item() == pytest.approx(loss_of("safe-dpo", *case))
 
 
 def test_mapo_pulls_towards_the_smaller_error_when_the_order_is_wrong():
@@ -147,7 +175,7 @@ def test_gradients_of_objectives_with_a_detached_part_follow_the_formula(name, f
         expected = (2 - torch.sigmoid(r_chosen - z) - torch.sigmoid(z - r_rejected)) / 2
     else:
         u = errors.where_swapped(torch.tensor([False, True, False])).logit(2.0)
-        weight = torch.tensor((1 - torch.sigmoid(u)).tolist(), dtype=torch.float64)
+        weight = torch.tensor((2 - 2 * torch.sigmoid(u)).tolist(), dtype=torch.float64)
         expected = -weight * torch.nn.functional.logsigmoid(u)
     expected.sum().backward()
     torch.testing.assert_close(got, chosen.policy_chosen.grad)

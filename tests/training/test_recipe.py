@@ -37,7 +37,7 @@ def test_overrides_take_numbers_words_and_switches():
         ("beta=-1", "beta: .*greater than 0"),
         ("beta", "not of the form key=value"),
         ("last_timestep=3", None),
-        ("objective=orpo-x", "objective: unknown objective 'orpo-x'; known: sigmoid, safe-dpo"),
+        ("objective=orpo-x", "objective: unknown objective 'orpo-x'; known: sigmoid, bounded, safe-dpo"),
         ("objective=sigmiod", "objective: unknown objective 'sigmiod'; did you mean 'sigmoid'"),
         ("objective={kto: {weigth: 2}}", "objective: kto: unknown field 'weigth'; did you mean 'weight'"),
         ("objective={robust: {label_smoothing: 0.5}}", "objective: robust: label_smoothing: .*less than 0.5"),
