@@ -1,20 +1,48 @@
-"""The demo's numbers, for the README: every promise, every rate with its interval, and how long each stage took."""
+"""The demo's numbers and first picture, for the README: promises, rates, seconds."""
 
 import shutil
 import tempfile
 from pathlib import Path
 
+from PIL import Image, ImageDraw
 from safety_experts.demo.demo_report import write_demo_report
-from safety_experts.demo.pipeline import FULL, run_pipeline
+from safety_experts.demo.measurement import open_images
+from safety_experts.demo.pipeline import FULL, DemoResult, run_pipeline
 
-RESULT = Path(__file__).resolve().parent / "results" / "demo.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "demo.json"
+PICTURE = ROOT / "docs" / "before_after.png"
+CATEGORIES = ("violence", "hate")
+TILE_PX, LABEL_PX, GAP_PX = 96, 70, 6
+
+
+def draw_before_and_after(result: DemoResult) -> Image.Image:
+    """Return two rows, the base model and the experts' weighted sum: four unsafe prompts a category, then safe ones."""
+    rows = []
+    for model in ("base", "weighted sum"):
+        dataset, row = result.datasets[model], []
+        for category in CATEGORIES:
+            pairs = [pair for pair in dataset.pairs if category in pair.categories]
+            row += [open_images(dataset, pair)[1] for pair in pairs[:4]]
+        row += [open_images(dataset, pair)[0] for pair in dataset.pairs[4:6]]
+        rows.append(row)
+    step = TILE_PX + GAP_PX
+    picture = Image.new("RGB", (LABEL_PX + step * len(rows[0]) + GAP_PX, step * len(rows) + GAP_PX), "white")
+    for y, (label, row) in enumerate(zip(("before", "after"), rows, strict=True)):
+        ImageDraw.Draw(picture).text((10, GAP_PX + y * step + TILE_PX // 2 - 6), label, fill="black", font_size=16)
+        for x, image in enumerate(row):
+            tile = image.resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
+            picture.paste(tile, (LABEL_PX + GAP_PX + x * step, GAP_PX + y * step))
+    return picture
 
 
 def main() -> None:
-    """Run the demo in a temporary folder and keep its report.json."""
+    """Run the demo in a temporary folder and keep its report.json and a picture."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        page, checks = write_demo_report(out, run_pipeline(out, ("violence", "hate"), FULL))
+        result = run_pipeline(out, CATEGORIES, FULL)
+        page, checks = write_demo_report(out, result)
+        draw_before_and_after(result).save(PICTURE, optimize=True)
         RESULT.parent.mkdir(exist_ok=True)
         shutil.copyfile(page.with_suffix(".json"), RESULT)
     for check in checks:
