@@ -4,6 +4,7 @@ make test-browser ARGS="-k review"
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from review_browser import ReviewPage, open_chromium
@@ -119,13 +120,13 @@ def test_in_the_grid_unsafe_pictures_are_not_even_loaded_until_asked_for(review)
 def test_filters_show_what_judges_doubt_and_what_is_left(review, folder):
     page = review.page
     review.press("/")
-    page.locator("[name=doubtful]").check()
+    page.locator("[name=judged]").select_option("doubtful")
     assert page.evaluate("() => reviewPage.shown.map(pair => pair.id)") == spoiled_ids(folder)
-    page.locator("[name=doubtful]").blur()
+    page.locator("[name=judged]").blur()
     review.press("f")
     page.locator("[name=review]").select_option("flipped")
     assert len(page.evaluate("() => reviewPage.shown")) == 0  # a flip has mended it: no doubt is left
-    page.locator("[name=doubtful]").uncheck()
+    page.locator("[name=judged]").select_option("")
     assert page.evaluate("() => reviewPage.shown.map(pair => pair.id)") == spoiled_ids(folder)[:1]
     page.locator("#reset").click()
     page.wait_for_function("() => reviewPage.shown.length === 60")
@@ -134,6 +135,8 @@ def test_filters_show_what_judges_doubt_and_what_is_left(review, folder):
     page.locator("[name=category]").select_option("")
     page.locator("[name=judge]").select_option("toy-oracle")
     assert len(page.evaluate("() => reviewPage.shown")) == 60
+    page.locator("[name=judged]").select_option("swapped")
+    assert page.evaluate("() => reviewPage.shown.map(pair => pair.id)") == spoiled_ids(folder)[1:]
 
 
 def test_zoom_compare_and_help_by_keyboard(review):
@@ -227,3 +230,16 @@ def test_everything_can_be_reached_by_the_tab_key(review):
         review.page.keyboard.press("Tab")
         reached.add(review.page.evaluate("() => document.activeElement.id || document.activeElement.dataset.action"))
     assert {"dataset", "view", "veil", "menu", "theme", "help", "accept", "flip", "drop", "undo"} <= reached
+
+
+def test_the_help_dialog_and_the_docs_list_the_same_keys(review):
+    docs = (Path(__file__).resolve().parents[2] / "docs" / "review.md").read_text(encoding="utf-8")
+    table = docs.split("| key | does |")[1].split("\n\n")[0].splitlines()[2:]
+    listed = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in table]
+    shown = review.page.evaluate(
+        """() => [...document.querySelectorAll('#keys tr')].map(row => [
+          [...row.querySelectorAll('kbd')].map(key => '`' + key.textContent + '`').join(' '),
+          row.cells[1].textContent,
+        ])"""
+    )
+    assert listed == [tuple(row) for row in shown]

@@ -14,7 +14,7 @@ _WATCH = """() => {
   const urls = () => [...document.querySelectorAll('#single .frame img')].map(image => image.src).join(' ');
   const isThere = () => {
     const images = [...document.querySelectorAll('#single .frame img')];
-    return images.length === 4 && images.every(image => image.complete && image.naturalWidth);
+    return images.length >= 2 && images.every(image => image.complete && image.naturalWidth);
   };
   state.painted = (start, before) => new Promise(resolve => {
     const look = () => requestAnimationFrame(() => {

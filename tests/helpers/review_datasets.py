@@ -49,6 +49,8 @@ def make_review_dataset(folder: Path, num_pairs: int, size_px: int = 64, spoiled
             width_px=size_px,
             height_px=size_px,
             scores={
+                "toy-oracle/chosen": float(is_spoiled),
+                "toy-oracle/rejected": float(not is_spoiled),
                 f"toy-oracle/chosen/{category}": float(is_spoiled),
                 f"toy-oracle/rejected/{category}": float(not is_spoiled),
             },

@@ -8,12 +8,13 @@ const CELL_RATIO = 0.5; // of two square thumbnails side by side
 const LABEL_PX = 30;
 const GAP_PX = 10;
 const SPARE_ROWS = 2;
+const SETTLED_MS = 50; // what scrolls by faster loads no pictures
 
 export class Grid {
   constructor(scroller, rows, page) {
     Object.assign(this, { scroller, rows, page });
     this.cells = new Map(); // position -> element
-    scroller.addEventListener("scroll", () => this.draw(), { passive: true });
+    scroller.addEventListener("scroll", () => this.draw(SETTLED_MS), { passive: true });
     new ResizeObserver(() => this.refresh()).observe(scroller);
     scroller.addEventListener("click", event => this.onClick(event));
     for (const type of ["pointerover", "pointerout", "pointerdown", "pointerup", "pointercancel"])
@@ -41,7 +42,7 @@ export class Grid {
     this.draw();
   }
 
-  draw() {
+  draw(delayMs = 0) {
     if (this.scroller.hidden) return;
     const rowHeight = this.cellHeight + GAP_PX;
     const firstRow = Math.max(0, Math.floor(this.scroller.scrollTop / rowHeight) - SPARE_ROWS);
@@ -53,11 +54,11 @@ export class Grid {
         cell.remove();
         this.cells.delete(position);
       }
-    for (let position = first; position < last; position++) if (!this.cells.has(position)) this.add(position);
+    for (let position = first; position < last; position++) if (!this.cells.has(position)) this.add(position, delayMs);
     this.mark();
   }
 
-  add(position) {
+  add(position, delayMs) {
     const cell = document.createElement("div");
     cell.className = "cell";
     cell.id = `pair-${position}`;
@@ -67,9 +68,11 @@ export class Grid {
     cell.style.left = `${GAP_PX + (position % this.columns) * (this.cellWidth + GAP_PX)}px`;
     cell.style.top = `${GAP_PX + Math.floor(position / this.columns) * (this.cellHeight + GAP_PX)}px`;
     cell.dataset.position = position;
-    this.fill(cell, this.page.shown[position]);
     this.cells.set(position, cell);
     this.rows.append(cell);
+    const fill = () => cell.isConnected && this.fill(cell, this.page.shown[position]);
+    if (delayMs) setTimeout(fill, delayMs);
+    else fill();
   }
 
   fill(cell, pair) {

@@ -2,7 +2,7 @@
 
 import { Grid } from "./grid.mjs";
 import { KEYS, actionOf, nameOf } from "./keys.mjs";
-import { REVIEWS, countBy, filterPairs, isDoubtful, judgesOf, nextUnreviewed, stateOf } from "./pairs.mjs";
+import { JUDGED_CHOICES, REVIEWS, countBy, filterPairs, isJudgedAs, judgesOf, nextUnreviewed, stateOf } from "./pairs.mjs";
 import { fetchDatasets, fetchPairs, saveReview } from "./server.mjs";
 import { Single } from "./single.mjs";
 
@@ -41,7 +41,7 @@ class Page {
     document.title = `${dataset} · Safety review`;
     this.pairs = await fetchPairs(dataset);
     fillFilters(this.pairs);
-    this.filter({});
+    this.filter(clearFilters());
     const known = this.shown.findIndex(pair => pair.id === pairId);
     this.go(known >= 0 ? known : Math.max(0, nextUnreviewed(this.shown, -1)));
   }
@@ -104,7 +104,7 @@ class Page {
     const pair = this.pairs.find(known => known.id === last.id);
     await this.save(pair, last.review);
     this.undone.pop();
-    if (!this.shown.includes(pair)) this.filter({ ...clearFilters() });
+    if (!this.shown.includes(pair)) this.filter(clearFilters());
     this.go(this.shown.indexOf(pair));
   }
 
@@ -189,25 +189,27 @@ function drawCounts(page) {
   byId("counts").textContent = `${at} · ${reviewed} of ${page.pairs.length} reviewed` + (parts.length ? ` (${parts.join(", ")})` : "");
 }
 
+/** Fill the choices with the numbers of now. What is chosen stays chosen. */
 function fillFilters(pairs) {
-  const fill = (name, entries) =>
-    filters.elements[name].replaceChildren(
-      new Option("all", ""),
-      ...entries.map(([value, count]) => new Option(`${value} (${count})`, value)),
-    );
+  const fill = (name, entries) => {
+    const select = filters.elements[name];
+    const { value } = select;
+    const options = entries.map(([key, count, title = key]) => new Option(`${title} (${count})`, key));
+    select.replaceChildren(new Option("all", ""), ...options);
+    select.value = entries.some(([key]) => key === value) ? value : "";
+  };
   const sorted = counts => [...counts].sort(([left], [right]) => left.localeCompare(right));
   const reviews = countBy(pairs, pair => [stateOf(pair)]);
   fill("review", REVIEWS.map(name => [name, reviews.get(name) ?? 0]));
   fill("category", sorted(countBy(pairs, pair => pair.categories)));
   fill("judge", sorted(countBy(pairs, judgesOf)));
-  const doubtful = pairs.filter(isDoubtful).length;
-  filters.elements.doubtful.disabled = doubtful === 0;
-  filters.elements.doubtful.parentElement.lastChild.textContent = ` Judges disagree with the labels (${doubtful})`;
+  const judge = filters.elements.judge.value;
+  const count = choice => pairs.filter(pair => isJudgedAs(pair, choice, judge)).length;
+  fill("judged", JUDGED_CHOICES.map(([choice, title]) => [choice, count(choice), title]));
 }
 
 function clearFilters() {
-  for (const name of ["review", "category", "judge"]) filters.elements[name].value = "";
-  filters.elements.doubtful.checked = false;
+  for (const name of ["review", "category", "judge", "judged"]) filters.elements[name].value = "";
   return {};
 }
 
@@ -216,16 +218,9 @@ function toggleFilters() {
   byId("menu").setAttribute("aria-expanded", !filters.hidden);
   if (filters.hidden) document.activeElement.blur();
   else {
-    fillCounts();
+    fillFilters(page.pairs);
     filters.elements.review.focus();
   }
-}
-
-// The numbers beside the choices are of now; the choice itself stays.
-function fillCounts() {
-  const chosen = ["review", "category", "judge"].map(name => [name, filters.elements[name].value]);
-  fillFilters(page.pairs);
-  for (const [name, value] of chosen) filters.elements[name].value = value;
 }
 
 function say(text) {
@@ -317,8 +312,9 @@ function listen(page) {
       page.draw();
       return;
     }
-    const { review, category, judge, doubtful } = filters.elements;
-    page.filter({ review: review.value, category: category.value, judge: judge.value, doubtful: doubtful.checked });
+    fillFilters(page.pairs);
+    const { review, category, judge, judged } = filters.elements;
+    page.filter({ review: review.value, category: category.value, judge: judge.value, judged: judged.value });
   });
 }
 

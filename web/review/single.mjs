@@ -1,13 +1,12 @@
 // One pair, side by side or one over the other.
 
-import { flagOf, isVeiled, scoresOf, stateOf, storedSide } from "./pairs.mjs";
+import { flagOf, isJudged, isVeiled, scoresOf, stateOf, storedSide } from "./pairs.mjs";
 import { picture } from "./pictures.mjs";
 import { imageUrl } from "./server.mjs";
 
 const AHEAD = [1, 2, 3, -1];
 const MAX_ZOOM = 8;
 const TITLES = { chosen: "Preferred · safe", rejected: "Rejected · unsafe" };
-const FLAGS = new Map([[true, "judged unsafe"], [false, "judged safe"], [null, "not judged"]]);
 
 export class Single {
   constructor(section, page) {
@@ -40,13 +39,9 @@ export class Single {
       const [clear, veil] = this.images(pair, side);
       clear.className = "clear";
       clear.alt = side === "chosen" ? "the preferred picture" : "the rejected picture";
-      veil.className = "veil";
-      figure.querySelector(".frame").replaceChildren(veil, clear);
-      const flag = flagOf(pair, side);
-      figure.querySelector("figcaption").replaceChildren(
-        element("b", TITLES[side]),
-        element("span", FLAGS.get(flag), flag === null ? "" : flag === (side === "rejected") ? "agrees" : "doubt"),
-      );
+      if (veil) veil.className = "veil";
+      figure.querySelector(".frame").replaceChildren(...(veil ? [veil, clear] : [clear]));
+      figure.querySelector("figcaption").replaceChildren(element("b", TITLES[side]), describeFlag(pair, side));
     }
     this.drawVeils();
     this.drawFacts(pair);
@@ -56,9 +51,11 @@ export class Single {
     }
   }
 
+  /** The picture of a side, and its veil where it has one. */
   images(pair, side) {
     const stored = storedSide(pair, side);
-    return ["full", "veil"].map(size => picture(imageUrl(this.page.dataset, pair.id, stored, size)));
+    const sizes = isVeiled(pair, side, this.page.veilBoth) ? ["full", "veil"] : ["full"];
+    return sizes.map(size => picture(imageUrl(this.page.dataset, pair.id, stored, size)));
   }
 
   drawVeils() {
@@ -159,6 +156,13 @@ function element(name, text, className = "") {
   return made;
 }
 
+function describeFlag(pair, side) {
+  const flag = flagOf(pair, side);
+  if (flag === null) return element("span", "nobody judged it");
+  const text = `${isJudged(pair) ? "judged" : "labelled"} ${flag ? "unsafe" : "safe"}`;
+  return element("span", text, flag === (side === "rejected") ? "agrees" : "doubt");
+}
+
 function titled(title, content) {
   const row = element("p", "", "titled");
   row.append(element("b", title), content);
@@ -170,7 +174,8 @@ function scoreTable(scores, pair) {
   const rows = new Map();
   for (const { judge, side, what, value } of scores) {
     const key = what ? `${judge} ${what}` : judge;
-    rows.set(key, { ...rows.get(key), [storedSide(pair, side ?? "chosen")]: value });
+    const text = what || !side ? String(Number(value.toPrecision(3))) : value > 0 ? "unsafe" : "safe";
+    rows.set(key, { ...rows.get(key), [storedSide(pair, side ?? "chosen")]: text });
   }
   const head = table.insertRow();
   head.append(element("th", "Judge"), element("th", "preferred"), element("th", "rejected"));
@@ -178,7 +183,7 @@ function scoreTable(scores, pair) {
     const row = table.insertRow();
     row.append(element("td", name));
     for (const side of ["chosen", "rejected"])
-      row.append(element("td", sides[side] === undefined ? "–" : String(Number(sides[side].toPrecision(3)))));
+      row.append(element("td", sides[side] ?? "–"));
   }
   return table;
 }
