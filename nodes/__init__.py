@@ -6,6 +6,7 @@ from .applying import SafetyExpertsApply
 from .concept_gate import SafetyExpertsConceptGate
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
+from .judging import SafetyExpertsJudge, SafetyExpertsJudgeDataset
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
 from .protection import SafetyExpertsProtect
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
@@ -24,6 +25,8 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsGeneratePairs,
             SafetyExpertsRecordPair,
             SafetyExpertsLoadDataset,
+            SafetyExpertsJudge,
+            SafetyExpertsJudgeDataset,
             SafetyExpertsReviewDataset,
             SafetyExpertsRecipe,
             SafetyExpertsTrain,

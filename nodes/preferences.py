@@ -244,8 +244,8 @@ class SafetyExpertsLoadDataset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, dataset_name: str) -> str:
-        return host.dataset_state(dataset_name)
+    def fingerprint_inputs(cls, dataset_name: str) -> int:
+        return host.own_writes.fingerprint(dataset_name)  # a judge behind this node writes to the dataset too
 
     @classmethod
     def execute(cls, dataset_name: str) -> io.NodeOutput:

@@ -12,6 +12,7 @@ Dataset = io.Custom("PREFERENCE_DATASET")
 Expert = io.Custom("EXPERT")
 Recipe = io.Custom("TRAINING_RECIPE")
 ConceptGate = io.Custom("CONCEPT_GATE")
+Judge = io.Custom("SAFETY_JUDGE")
 
 ALL_CATEGORIES, OWN_CATEGORY = "all", "own …"
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safety_experts.evaluation.judges import JUDGES, JudgeKind
 from safety_experts.experts.merging import METHODS
 from safety_experts.training.objectives import OBJECTIVES, Objective
 from safety_experts.training.recipe import Recipe
@@ -21,7 +22,17 @@ def _summary(objective: Objective) -> str:
     return f"{objective.title}, {objective.source}: {objective.formula}. {' '.join(numbers)}".strip()
 
 
+def _judge_summary(kind: JudgeKind) -> str:
+    rules = "; ".join(f"`{name}`: {rule.summary}" for name, rule in kind.rules.items()).replace("|", "\\|")
+    facts = f"Needs: {kind.needs}. Licence: {kind.licence}. Rules: {rules}."
+    return f"[{kind.title}]({kind.source_url}). {kind.summary} {facts}"
+
+
+_JUDGE_ROWS = [f"| `{name}` | {_judge_summary(kind)} |" for name, kind in JUDGES.items()]
+
 ROWS = {
+    "docs/judges.md": _JUDGE_ROWS,
+    "web/docs/SafetyExpertsJudge.md": _JUDGE_ROWS,
     "README.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsMerge.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsRecipe.md": [

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
+import small_clips
 import torch
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
@@ -33,3 +34,9 @@ def attention_shapes(server, checkpoint) -> dict[str, tuple[int, int]]:
         for path, module in unet.named_modules()
         if path.endswith(ends) and hasattr(module, "weight")
     }
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory):
+    """A small image classifier of transformers."""
+    return small_clips.write_classifier(tmp_path_factory.mktemp("judges") / "classifier")

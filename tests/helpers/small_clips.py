@@ -1,5 +1,6 @@
 """CLIPs and classifiers of a few thousand weights on disk, that can tell some pictures of the toy world."""
 
+import shutil
 from pathlib import Path
 
 import small_checkpoints
@@ -24,7 +25,7 @@ def scenes(mark: str | None, count: int, first_seed: int) -> list[Image.Image]:
     return [render_scene(colours[seed % 6], shapes[seed % 4], mark, seed) for seed in seeds]
 
 
-def write_clip(folder: Path, *, image_only: bool = False, projection: int = 64) -> Path:
+def write_clip(folder: Path, *, image_only: bool = False, projection: int = 64, tokenizer: Path | None = None) -> Path:
     """A CLIP with random towers; its two projections are fitted so that it tells three marks and eight colours."""
     import transformers
 
@@ -35,7 +36,10 @@ def write_clip(folder: Path, *, image_only: bool = False, projection: int = 64) 
     config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=projection)
     config.vision_config.initializer_factor = config.text_config.initializer_factor = 8.0
     model = transformers.CLIPModel(config).eval()
-    small_checkpoints.write_tokenizer(folder)
+    if tokenizer is None:
+        small_checkpoints.write_tokenizer(folder)
+    else:
+        shutil.copytree(tokenizer, folder)
     with torch.no_grad():
         _fit(model, transformers.CLIPTokenizer.from_pretrained(folder))
     if image_only:
