@@ -26,7 +26,7 @@ WATCHED = ("held_out_fraction=0.2", "evaluate_steps=5", "patience=3")
 
 def main() -> None:
     """Train, measure, inspect, write."""
-    with experiment(__doc__) as toy:
+    with experiment(__doc__, [CATEGORY]) as toy:
         found = toy.run(run, [(name, seed) for name in OBJECTIVES for seed in toy.seeds])
     rows = list(found.values())
     is_met = all(row["mark"] <= 0.05 and row["step"] > 0 for row in rows)
@@ -50,7 +50,7 @@ def run(work: Path, job: tuple[str, int]) -> dict:
 
     def compute() -> dict:
         expert = trained(work, f"early-{name}-{seed}", recipe, CATEGORY)
-        measured = measure_expert(sampler(), expert, NUM_UNSAFE, NUM_SAFE, FIRST_SEED + 1000 * seed)
+        measured = measure_expert(sampler(), expert, NUM_UNSAFE, NUM_SAFE, FIRST_SEED + 1000 * seed, [CATEGORY])
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             run_command(["inspect", str(work / f"early-{name}-{seed}.safetensors")])

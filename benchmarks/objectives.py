@@ -1,31 +1,47 @@
 """Every preference objective on the same pairs of the toy world: what an expert removes, and what else it changes.
 
-    python benchmarks/objectives.py [--work FOLDER] [--seeds 3]
+    python benchmarks/objectives.py [--work FOLDER] [--seeds 3] [--only searched]
 
 One expert a seed against the stripes (category hate) for each row; writes results/objectives.json and
-docs/objectives.md. With --work a stopped run goes on, and datasets and experts stay to look at.
+docs/objectives.md. With --work a stopped run goes on, and datasets and experts stay to look at. With --only the rows
+without that text keep what they were measured to be before, with their own date.
+
+A searched row has the beta and the learning rate of a small search on training data: short trainings, scored by how
+far the errors of rejected and chosen held-out pairs move apart while the chosen images' error stays within the
+divergence stop. That number means the same for every objective and every beta.
 """
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
 from safety_experts.demo.measurement import measure_expert
+from safety_experts.errors import SafetyExpertsError
 from safety_experts.evaluation.machine import describe_machine
+from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy.world import MARKS
 from safety_experts.training.objectives import OBJECTIVES
+from safety_experts.training.trainer import train_expert
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 TABLE = ROOT / "docs" / "objectives.md"
 CATEGORY = "hate"
 NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 12, 24, 2_000_000
+MAX_CHOSEN_INCREASE = 0.02
 ALONE = ("anchor_weight=0", "sft_weight=0")
 HELD_OUT = ("held_out_fraction=0.2", "evaluate_steps=3")
-DIVERGENCE_STOP = (*HELD_OUT, "max_chosen_increase=0.02")
+DIVERGENCE_STOP = (*HELD_OUT, f"max_chosen_increase={MAX_CHOSEN_INCREASE}")
+
+SEARCHED = ("hinge", "dmpo", "safe-dpo", "ipo", "sc-dpo", "robust", "dspo")
+FIXED = tuple(name for name in OBJECTIVES if name not in SEARCHED)
+BETAS = {"dspo": (0.001, 0.01, 0.1)}  # of this order as published, others around the toy recipe's
+OTHER_BETAS, RATES = (200, 1000, 5000), (2e-3, 5e-4)
+SHORT = ("held_out_fraction=0.2", "evaluate_steps=10", "steps=20", "schedule=constant")
 
 ROWS: dict[str, Sequence[str]] = {
     "sigmoid alone (Diffusion-DPO, AlignGuard)": ALONE,
@@ -43,41 +59,92 @@ ROWS: dict[str, Sequence[str]] = {
         "shared_timestep=false",
         "caption_dropout_fraction=1.0",
     ),
-    **{f"{name}, divergence stop": (*ALONE, *DIVERGENCE_STOP, f"objective={name}") for name in OBJECTIVES},
+    **{f"{name}, divergence stop": (*ALONE, *DIVERGENCE_STOP, f"objective={name}") for name in FIXED},
+    **{f"{name}, searched, divergence stop": (*ALONE, *DIVERGENCE_STOP, f"objective={name}") for name in SEARCHED},
 }
 
 
 def main() -> None:
     """Train and measure every row, then write the table."""
-    with experiment(__doc__) as toy:
-        readings = toy.run(run, [(name, seed) for name in ROWS for seed in toy.seeds])
-    base = summarise(None)
-    rows = {name: summarise_seeds([readings[name, seed] for seed in toy.seeds]) for name in ROWS}
+    with experiment(__doc__, [CATEGORY]) as toy:
+        names = [name for name in ROWS if toy.only in name]
+        readings = toy.run(run, [(name, seed) for name in names for seed in toy.seeds])
+    machine = describe_machine("diffusers", "peft")
+    before = json.loads(RESULT.read_text(encoding="utf-8")) if toy.only else {"rows": {}}
+    rows = {}
+    for name in ROWS:
+        if name in names:
+            found = [readings[name, seed] for seed in toy.seeds]
+            measured = summarise_seeds([reading["rates"] for reading in found])
+            rows[name] = {"changes": found[0]["changes"], "seeds": len(found), "date": machine["date"], **measured}
+            rows[name]["num_saved"] = sum(reading["is_saved"] for reading in found)
+        elif name in before["rows"]:
+            rows[name] = {"seeds": before.get("seeds", 3), "date": before["date"], **before["rows"][name]}
     result = {
-        "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {len(toy.seeds)} seeds, {NUM_UNSAFE} images "
-        f"a mark and {NUM_SAFE} safe ones a seed; the toy recipe with the changes below",
-        "base": base,
-        "rows": {name: {"changes": list(ROWS[name]), **row} for name, row in rows.items()},
-        **describe_machine("diffusers", "peft"),
+        "setting": f"toy world, category {CATEGORY} ({MARKS[CATEGORY]}), {NUM_UNSAFE} images a mark and {NUM_SAFE} "
+        "safe ones a seed; the toy recipe with the changes below, the anchor in every step",
+        "base": summarise(None),
+        "rows": rows,
+        **machine,
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     TABLE.write_text(table(result), encoding="utf-8")
     print(table(result))
 
 
-def run(work: Path, job: tuple[str, int]) -> dict[str, float]:
-    """Return what one expert does."""
+def run(work: Path, job: tuple[str, int]) -> dict:
+    """Return what one expert does, what it was trained by, and whether there was one to save."""
     name, seed = job
     slug = f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}"
-    recipe = toy_recipe(seed, ROWS[name])
+    objective = name.partition(",")[0]
+    changes = [*ROWS[name], *(searched(work, objective) if "searched" in name else ())]
+    recipe = toy_recipe(seed, ("anchor_every=1", *changes))
 
-    def compute() -> dict[str, float]:
+    def compute() -> dict:
         start = time.process_time()
-        expert = trained(work, slug, recipe, CATEGORY)
+        try:
+            expert = trained(work, slug, recipe, CATEGORY)
+        except SafetyExpertsError as error:
+            if "no expert was saved" not in str(error):
+                raise
+            expert = None
         seconds = time.process_time() - start
-        return {**summarise(expert, seed), "cpu_seconds": seconds}
+        rates = {**summarise(expert, seed), "cpu_seconds": seconds}
+        return {"rates": rates, "changes": changes, "is_saved": expert is not None}
 
-    return remembered(work / f"{slug}.json", [recipe.model_dump(), NUM_UNSAFE, NUM_SAFE, FIRST_SEED], compute)
+    about = [recipe.model_dump(), NUM_UNSAFE, NUM_SAFE, FIRST_SEED]
+    return remembered(work / f"{slug}.json", about, compute)
+
+
+def searched(work: Path, objective: str) -> list[str]:
+    """Return the beta, then the learning rate at that beta, that move held-out errors apart most (seed 0)."""
+
+    def best(options: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        return max(options, key=lambda option: separation(work, objective, *option))
+
+    beta, _ = best([(beta, RATES[0]) for beta in BETAS.get(objective, OTHER_BETAS)])
+    beta, rate = best([(beta, rate) for rate in RATES])
+    return [f"beta={beta:g}", f"learning_rate={rate:g}"]
+
+
+def separation(work: Path, objective: str, beta: float, rate: float) -> float:
+    """Return by how much, at best, a short training moves errors apart; a spoilt chosen image counts as far below."""
+    changes = (*ALONE, *SHORT, f"objective={objective}", f"beta={beta:g}", f"learning_rate={rate:g}")
+    recipe = toy_recipe(0, changes)
+
+    def compute() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            dataset, out = PreferenceDataset.open(work / "pairs"), Path(folder) / "short.safetensors"
+            result = train_expert(sampler().checkpoint, dataset, recipe, out, category=CATEGORY, device="cpu")
+        measured = [record for record in result.records if "eval/loss" in record]
+        return max(
+            2 * record["eval/rewards/margins"] / beta
+            - 1000 * max(0.0, record["eval/chosen_increase"] - MAX_CHOSEN_INCREASE)
+            for record in measured
+        )
+
+    slug = f"search-{objective}-{beta:g}-{rate:g}.json"
+    return remembered(work / slug, recipe.model_dump(), compute)
 
 
 def summarise(expert, seed: int = 0) -> dict[str, float]:
@@ -136,16 +203,19 @@ def table(result: dict) -> str:
         "",
         f"Written by `benchmarks/objectives.py`. {result['setting'][0].upper()}{result['setting'][1:]}.",
         "Mean over the seeds, least and largest in brackets. A good expert shows no mark, keeps colour and shape, and",
-        "leaves the other categories' marks where they are.",
+        "leaves the other categories' marks where they are. Searched rows have a beta and a learning rate of their",
+        f"own, found by short trainings on the same pairs: {len(OTHER_BETAS)} betas, then {len(RATES)} learning rates.",
         "",
-        f"Date {result['date']}; {result['machine']}; torch {result['torch']}.",
+        f"{result['machine']}; torch {result['torch']}.",
         "",
-        f"| options | {' | '.join(COLUMNS.values())} |",
-        f"| --- {'| ---: ' * len(COLUMNS)}|",
-        f"| base model | {' | '.join(f'{base[key]:.2f}' for key in COLUMNS if key in base)} | |",
+        f"| options | {' | '.join(COLUMNS.values())} | seeds | date |",
+        f"| --- {'| ---: ' * (len(COLUMNS) + 2)}|",
+        f"| base model | {' | '.join(f'{base[key]:.2f}' for key in COLUMNS if key in base)} | | | |",
     ]
     for name, row in result["rows"].items():
-        lines.append(f"| {name} | {' | '.join(cell(key, row[key]) for key in COLUMNS)} |")
+        saved = "" if row.get("num_saved", row["seeds"]) else " (no step was better than the base model: nothing saved)"
+        cells = " | ".join(cell(key, row[key]) for key in COLUMNS)
+        lines.append(f"| {name}{saved} | {cells} | {row['seeds']} | {row['date']} |")
     lines += ["", "What each changes of the toy recipe:", ""]
     for name, row in result["rows"].items():
         lines.append(f"- {name}: {' '.join(f'`{item}`' for item in row['changes']) or 'nothing'}")

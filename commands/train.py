@@ -45,8 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, over the network")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="write pictures of a pair's two prompts")
     parser.add_argument("--sample-every", type=int, default=100, metavar="N", help="... every N steps (default: 100)")
+    parser.add_argument("--options", action=_PrintOptions, nargs=0, help="explain every recipe field and objective")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--json-lines", action="store_true", help="print every step and the result as lines of JSON")
+
+
+class _PrintOptions(argparse.Action):
+    """Prints what `--set` takes and ends, as --help does, which must not wait for torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from ..training.objectives import OBJECTIVES
+        from ..training.recipe import Recipe
+
+        for name, field in Recipe.model_fields.items():
+            print(f"{name} (default {getattr(Recipe(), name)}): {field.description}" if name != "objective" else name)
+        for name, objective in OBJECTIVES.items():
+            print(f"  objective={name}: {objective.title}, {objective.source}: {objective.formula}")
+            for key, parameter in objective.parameters.model_fields.items():
+                if key != "weight":
+                    print(f"    {key} (default {parameter.default:g}): {parameter.description}")
+        parser.exit()
 
 
 def run(arguments: argparse.Namespace) -> None:

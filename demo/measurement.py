@@ -65,7 +65,12 @@ def measure_dataset(dataset: PreferenceDataset) -> dict[str, Measurement]:
 
 
 def measure_expert(
-    sampler: ToySampler, expert: Expert | None, num_unsafe: int, num_safe: int, first_seed: int
+    sampler: ToySampler,
+    expert: Expert | None,
+    num_unsafe: int,
+    num_safe: int,
+    first_seed: int,
+    categories: Sequence[str] = tuple(MARKS),
 ) -> dict[str, Measurement]:
     """Draw with an expert (None: the base model) and read.
 
@@ -77,7 +82,7 @@ def measure_expert(
     Returns:
         As `measure_dataset`, and "unsafe" -> rates over the images of all unsafe prompts.
     """
-    groups = {**{category: (mark, num_unsafe) for category, mark in MARKS.items()}, "safe": (None, num_safe)}
+    groups = {**{category: (MARKS[category], num_unsafe) for category in categories}, "safe": (None, num_safe)}
     scenes = [(group, mark, index) for group, (mark, count) in groups.items() for index in range(count)]
     # 24 colours and shapes; the stride of 7 spreads a few images over all of them.
     subjects = [(colour, shape) for colour in COLOURS for shape in SHAPES]

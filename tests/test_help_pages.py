@@ -30,9 +30,18 @@ def _judge_summary(kind: JudgeKind) -> str:
 
 _JUDGE_ROWS = [f"| `{name}` | {_judge_summary(kind)} |" for name, kind in JUDGES.items()]
 
+
+def _row(name: str, objective: Objective) -> str:
+    own = [f"`{key}`" for key in objective.parameters.model_fields if key != "weight"]
+    untrained = objective.untrained_loss(objective.parameters())
+    cells = [objective.title, objective.source, objective.formula, ", ".join(own) or "-"]
+    return f"| `{name}` | {' | '.join(cells)} | {'by the data' if untrained is None else f'{untrained:.3g}'} |"
+
+
 ROWS = {
     "docs/judges.md": _JUDGE_ROWS,
     "web/docs/SafetyExpertsJudge.md": _JUDGE_ROWS,
+    "docs/training.md": [_row(name, objective) for name, objective in OBJECTIVES.items()],
     "README.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsMerge.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsRecipe.md": [

@@ -323,7 +323,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dmpo": Objective(
         "DMPO",
         "arXiv 2511.03317 (code)",
-        "KL(s(u) || p)",
+        "KL divergence of s(u) from p",
         dmpo,
         lambda parameters: (
             -math.log(2) - (math.log(parameters.target_probability) + math.log1p(-parameters.target_probability)) / 2

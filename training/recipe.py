@@ -62,7 +62,7 @@ class Recipe(BaseModel):
 
     name: str = Field("", max_length=200, description="What the recipe is called; a shipped one's name.")
     objective: Annotated[dict[str, SerializeAsAny[Parameters]], BeforeValidator(_read_objectives)] = Field(
-        {"sigmoid": Parameters()},
+        {"sigmoid": Parameters(weight=1.0)},
         description=f"Preference loss: {', '.join(OBJECTIVES)}; or a mapping, which mixes several and sets their "
         "parameters: {kto: {weight: 1}}; {} is none.",
     )

@@ -75,13 +75,9 @@ def predict(
     else:
         reference = predict_reference()
     policy = reference if is_untrained else denoiser.predict(noisy, t, conditions)
-    pairs = PairPredictions(
-        *policy[: 2 * size].split(size),
-        *reference[: 2 * size].split(size),
-        *target[: 2 * size].split(size),
-        chosen_unsafe=batch.chosen_unsafe.to(device),
-        rejected_unsafe=batch.rejected_unsafe.to(device),
-    )
+    flags = batch.chosen_unsafe.to(device), batch.rejected_unsafe.to(device)
+    images = [rows for all_rows in (policy, reference, target) for rows in all_rows.split(size)[:2]]
+    pairs = PairPredictions(*images, *flags)
     return Predictions(pairs, policy[2 * size :], reference[2 * size :])
 
 

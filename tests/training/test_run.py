@@ -171,6 +171,15 @@ def test_the_anchor_keeps_predictions_on_safe_prompts_closer_to_the_base(make_ru
     assert drift(held) < drift(free) / 2
 
 
+def test_an_anchor_in_some_passes_weighs_what_one_in_every_pass_weighs(make_run):
+    run = train(make_run(anchor_weight=5.0, anchor_every=3, accumulation_steps=3, learning_rate=1e-2))
+    for record in run.records[1:]:
+        assert record["loss"] == pytest.approx(record["loss/preference"] + 5 * record["loss/anchor"], rel=1e-5)
+        assert record["loss/anchor"] > 0 and record["drift"] > 0
+    sparse = train(make_run(anchor_weight=5.0, anchor_every=4))
+    assert ["loss/anchor" in record for record in sparse.records] == [True, False, False, False, True, False]
+
+
 def test_both_images_of_a_pair_share_noise_timestep_and_flip(make_run):
     run = make_run(horizontal_flip=True, batch_size=6)
     flips = set()
