@@ -76,8 +76,12 @@ def predict(
         reference = predict_reference()
     policy = reference if is_untrained else denoiser.predict(noisy, t, conditions)
     flags = batch.chosen_unsafe.to(device), batch.rejected_unsafe.to(device)
-    images = [rows for all_rows in (policy, reference, target) for rows in all_rows.split(size)[:2]]
-    pairs = PairPredictions(*images, *flags)
+    policy_chosen, policy_rejected = policy.split(size)[:2]
+    reference_chosen, reference_rejected = reference.split(size)[:2]
+    target_chosen, target_rejected = target.split(size)[:2]
+    pairs = PairPredictions(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, target_chosen, target_rejected, *flags
+    )
     return Predictions(pairs, policy[2 * size :], reference[2 * size :])
 
 
