@@ -1,0 +1,139 @@
+"""Drawing a preference dataset outside ComfyUI: resumable, and shared out among processes, always the same bits."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import InputError, SafetyExpertsError
+from ..files import refuse_link
+from ..preferences.dataset import DatasetInfo, NewPair, PreferenceDataset
+from ..preferences.prompt_pair import MAX_SEED, PromptPair
+
+_SHARDS = ".shards"
+
+Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]  # (prompts, seeds) -> an image each
+
+
+class BuildingStoppedError(SafetyExpertsError):
+    """Drawing was stopped; what was drawn is kept."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that draw one dataset together.
+
+    Args:
+        rank: this process, from 0.
+        count: how many there are.
+        wait: returns when all of them have called it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def several_seeds(pairs: Iterable[PromptPair], images_per_prompt: int) -> list[PromptPair]:
+    """Return every pair `images_per_prompt` times: with its own seed first, then with seeds made from it.
+
+    Raises:
+        InputError: a pair has no seed to draw from.
+    """
+    repeated = []
+    for pair in pairs:
+        if pair.seed is None:
+            raise InputError("a prompt pair has no seed to draw it from; give every line one, or none at all")
+        for number in range(images_per_prompt):
+            digest = hashlib.sha256(f"{pair.seed} {number}".encode()).digest()
+            seed = pair.seed if number == 0 else int.from_bytes(digest[:8], "big") & MAX_SEED
+            repeated.append(replace(pair, seed=seed))
+    return repeated
+
+
+def build_dataset(
+    pairs: Sequence[PromptPair],
+    folder: Path,
+    info: DatasetInfo,
+    draw: Draw,
+    *,
+    batch_size: int = 4,
+    share: Share | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PreferenceDataset:
+    """Draw both images of every prompt pair, from the pair's seed; a pair that is there is not drawn again.
+
+    Batches are always the same pairs together, however many processes there are and whatever was drawn before, since a
+    picture's last bits may depend on what it is drawn with. Of several processes each fills a dataset of its own in
+    `.shards`; the first puts them together in the order of `pairs`, so the folder is the one that one process makes.
+
+    Args:
+        batch_size: pairs drawn together (twice as many images).
+        on_progress: called with (pairs of this process done, pairs of this process).
+
+    Raises:
+        InputError: the folder holds a dataset of another model or other settings.
+        SafetyExpertsError: it cannot be written.
+        BuildingStoppedError: `should_stop` said so.
+    """
+    share = share or Share()
+    if share.rank == 0:
+        PreferenceDataset.create(folder, info)
+    share.wait()
+    dataset = PreferenceDataset.open(folder)
+    done = set(dataset.ids).union(*(shard.ids for shard in _shards(folder)))
+    share.wait()  # everybody has looked before anybody writes
+    target = dataset
+    if share.count > 1:
+        target = PreferenceDataset.create(folder / _SHARDS / f"{share.rank:03}-of-{share.count:03}", info)
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    mine = batches[share.rank :: share.count]
+    num_done, num_mine = 0, sum(map(len, mine))
+    for batch in mine:
+        if any(pair.id not in done for pair in batch):
+            if should_stop():
+                raise BuildingStoppedError(
+                    f"stopped after {num_done} of {num_mine} pairs; run the same command again to go on"
+                )
+            seeds = [pair.seed or 0 for pair in batch]
+            images = draw([*(pair.prompt for pair in batch), *(pair.safe_prompt for pair in batch)], seeds * 2)
+            rejected, chosen = images[: len(batch)], images[len(batch) :]
+            drawn = zip(batch, chosen, rejected, strict=True)
+            target.add_many([NewPair(*parts) for parts in drawn if parts[0].id not in done])
+        num_done += len(batch)
+        on_progress(num_done, num_mine)
+    share.wait()
+    if share.rank == 0:
+        _put_together(folder, dataset, [pair.id for pair in pairs])
+    share.wait()
+    dataset.refresh()
+    return dataset
+
+
+def _shards(folder: Path) -> list[PreferenceDataset]:
+    """Return what several processes drew and was not put together yet, also of a run with another number of them."""
+    refuse_link(folder / _SHARDS)
+    found = sorted(path for path in folder.glob(f"{_SHARDS}/*-of-*") if (path / "dataset.json").exists())
+    for path in found:
+        refuse_link(path)
+    return [PreferenceDataset.open(path) for path in found]
+
+
+def _put_together(folder: Path, dataset: PreferenceDataset, order: Sequence[str]) -> None:
+    shards = _shards(folder)
+    owners = {pair_id: shard for shard in shards for pair_id in shard.ids}
+    missing = [pair_id for pair_id in dict.fromkeys(order) if pair_id in owners and pair_id not in dataset.ids]
+    start = 0
+    while start < len(missing):
+        # A run of pairs of one shard, at most some tens, in one go.
+        owner = owners[missing[start]]
+        end = start + 1
+        while end < len(missing) and end < start + 32 and owners[missing[end]] is owner:
+            end += 1
+        dataset.copy_from(owner, [owner.pair(pair_id) for pair_id in missing[start:end]])
+        start = end
+    shutil.rmtree(folder / _SHARDS, ignore_errors=True)
