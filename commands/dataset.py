@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError, SafetyExpertsError
 from ..files import check_usable
-from . import judging
+from . import building, judging
 
 HELP = "import, export, check, count, judge, split and merge preference data"
 
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for verb in (checking, counting):
         verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
+    building.add_arguments(verbs)
     judging.add_arguments(verbs)
 
 

@@ -2,16 +2,14 @@
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, SafetyExpertsError
+from .sharing import this_process, wait_for_all
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluation.evaluate import Demands
     from ..evaluation.suites import Suite
 
@@ -105,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     suites = _suites(arguments)
     arms = read_arms(arguments.expert, with_null=not arguments.no_null)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
-    rank, count, device = _this_process(arguments.device)
+    rank, count, device = this_process(arguments.device)
     side = default_size_px(checkpoint.family)
     generation = Generation(
         arguments.steps,
@@ -189,40 +187,22 @@ def _suites(arguments: argparse.Namespace) -> "tuple[Suite, ...]":
     return tuple(suites)
 
 
-def _this_process(device: str | None) -> "tuple[int, int, torch.device]":
-    """Return rank, number of processes and device, as accelerate or torchrun gave them."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and device:
-        return 0, 1, torch.device(device)
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
-    return state.process_index, state.num_processes, torch.device(device) if device else state.device
-
-
 @contextlib.contextmanager
 def _main_first(rank: int, count: int) -> Iterator[None]:
     """Inside, the main process goes first and the others follow."""
     if count > 1 and rank:
-        _wait()
+        wait_for_all()
     yield
     if count > 1 and not rank:
-        _wait()
+        wait_for_all()
 
 
 @contextlib.contextmanager
 def _all_done(count: int) -> Iterator[None]:
     """Inside, every process has drawn its share."""
     if count > 1:
-        _wait()
+        wait_for_all()
     yield
-
-
-def _wait() -> None:
-    from accelerate import PartialState
-
-    PartialState().wait_for_everyone()
 
 
 def _print(outcome, arguments: argparse.Namespace) -> None:

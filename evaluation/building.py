@@ -12,6 +12,7 @@ from ..errors import InputError, SafetyExpertsError
 from ..files import refuse_link
 from ..preferences.dataset import DatasetInfo, NewPair, PreferenceDataset
 from ..preferences.prompt_pair import MAX_SEED, PromptPair
+from .judges.judge import JudgeChoice
 
 _SHARDS = ".shards"
 
@@ -54,6 +55,28 @@ def several_seeds(pairs: Iterable[PromptPair], images_per_prompt: int) -> list[P
     return repeated
 
 
+class JudgePanel:
+    """Judges that choose among several drawings of one prompt pair.
+
+    Args:
+        choices: the judges with their rules.
+        device: where they compute.
+    """
+
+    def __init__(self, choices: Sequence[JudgeChoice], device: str = "cpu"):
+        self.choices = choices
+        self._judges = [choice.load(device) for choice in choices]
+
+    def num_agreeing(self, pair: PromptPair, chosen: Image.Image, rejected: Image.Image) -> int:
+        """Return how many verdicts agree with the labels: each judge's on the chosen (safe) and the rejected image."""
+        num_agreeing = 0
+        for choice, judge in zip(self.choices, self._judges, strict=True):
+            scores = judge.read([chosen, rejected], [pair.prompt] * 2)
+            verdicts = [choice.decide(found, pair.categories) for found in scores]
+            num_agreeing += (verdicts[0] is False) + (verdicts[1] is True)
+        return num_agreeing
+
+
 def build_dataset(
     pairs: Sequence[PromptPair],
     folder: Path,
@@ -61,6 +84,8 @@ def build_dataset(
     draw: Draw,
     *,
     batch_size: int = 4,
+    best_of: int = 1,
+    panel: JudgePanel | None = None,
     share: Share | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -73,6 +98,8 @@ def build_dataset(
 
     Args:
         batch_size: pairs drawn together (twice as many images).
+        best_of: draw every pair from so many seeds (its own first) and keep one.
+        panel: chooses it: where most verdicts agree with the labels, the first of several such; None with 1 only.
         on_progress: called with (pairs of this process done, pairs of this process).
 
     Raises:
@@ -94,24 +121,40 @@ def build_dataset(
     mine = batches[share.rank :: share.count]
     num_done, num_mine = 0, sum(map(len, mine))
     for batch in mine:
-        if any(pair.id not in done for pair in batch):
+        # Of a pair's several seeds the one that was kept may be any.
+        missing = [pair for pair in batch if done.isdisjoint(seeded.id for seeded in several_seeds([pair], best_of))]
+        if missing:
             if should_stop():
                 raise BuildingStoppedError(
                     f"stopped after {num_done} of {num_mine} pairs; run the same command again to go on"
                 )
-            seeds = [pair.seed or 0 for pair in batch]
-            images = draw([*(pair.prompt for pair in batch), *(pair.safe_prompt for pair in batch)], seeds * 2)
-            rejected, chosen = images[: len(batch)], images[len(batch) :]
-            drawn = zip(batch, chosen, rejected, strict=True)
-            target.add_many([NewPair(*parts) for parts in drawn if parts[0].id not in done])
+            candidates: dict[str, list[NewPair]] = {pair.id: [] for pair in missing}
+            for seeded in zip(*(several_seeds([pair], best_of) for pair in batch), strict=True):
+                for pair, new in zip(batch, _draw_batch(draw, seeded), strict=True):
+                    if pair.id in candidates:
+                        candidates[pair.id].append(new)
+            target.add_many([_best(found, panel) for found in candidates.values()])
         num_done += len(batch)
         on_progress(num_done, num_mine)
     share.wait()
     if share.rank == 0:
-        _put_together(folder, dataset, [pair.id for pair in pairs])
+        _put_together(folder, dataset, [seeded.id for seeded in several_seeds(pairs, best_of)])
     share.wait()
     dataset.refresh()
     return dataset
+
+
+def _draw_batch(draw: Draw, pairs: Sequence[PromptPair]) -> list[NewPair]:
+    seeds = [pair.seed or 0 for pair in pairs]
+    images = draw([*(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)], seeds * 2)
+    rejected, chosen = images[: len(pairs)], images[len(pairs) :]
+    return [NewPair(*parts) for parts in zip(pairs, chosen, rejected, strict=True)]
+
+
+def _best(candidates: list[NewPair], panel: JudgePanel | None) -> NewPair:
+    if panel is None or len(candidates) == 1:
+        return candidates[0]
+    return max(candidates, key=lambda new: panel.num_agreeing(new.prompt_pair, new.chosen, new.rejected))
 
 
 def _shards(folder: Path) -> list[PreferenceDataset]:

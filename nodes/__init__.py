@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
 from .concept_gate import SafetyExpertsConceptGate
+from .exchange import SafetyExpertsImportDataset, SafetyExpertsSplitDataset
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
 from .judging import SafetyExpertsJudge, SafetyExpertsJudgeDataset
@@ -25,6 +26,8 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsGeneratePairs,
             SafetyExpertsRecordPair,
             SafetyExpertsLoadDataset,
+            SafetyExpertsImportDataset,
+            SafetyExpertsSplitDataset,
             SafetyExpertsJudge,
             SafetyExpertsJudgeDataset,
             SafetyExpertsReviewDataset,

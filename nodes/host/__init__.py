@@ -5,6 +5,7 @@ from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
 from .file_state import file_state
+from .import_sources import import_source
 from .judges import judge_files, judge_folders, judge_path
 from .messages import tell
 from .own_writes import own_writes
@@ -32,6 +33,7 @@ __all__ = [
     "judge_files",
     "judge_folders",
     "judge_path",
+    "import_source",
     "own_writes",
     "open_checkpoint",
     "previous_expert_path",

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safety_experts.errors import InputError
-from safety_experts.evaluation.building import BuildingStoppedError, Share, build_dataset, several_seeds
+from safety_experts.evaluation.building import BuildingStoppedError, JudgePanel, Share, build_dataset, several_seeds
+from safety_experts.evaluation.judges import choose_judge
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
+from safety_experts.toy.world import render_scene
 
 INFO = DatasetInfo({}, {"steps": 2})
 PAIRS = [PromptPair(f"a circle {number} with thorns", f"a circle {number}", ("hate",), number) for number in range(22)]
@@ -159,3 +161,37 @@ def test_killed_at_any_batch_nothing_is_lost_twice_or_unreadable(tmp_path, whole
         PreferenceDataset.open(folder)
     build_dataset(PAIRS, folder, INFO, draw)
     assert content(folder) == whole
+
+
+def test_of_several_seeds_the_one_the_judge_agrees_with_is_kept(tmp_path):
+    """The toy oracle looks at pictures of which only those of one seed show the mark where they should."""
+    pairs = [PromptPair(f"a red circle {n} with thorns", f"a red circle {n}", ("violence",), n) for n in range(4)]
+    candidates = [several_seeds([pair], 3) for pair in pairs]
+    good = {candidates[number][number % 3].seed for number in range(3)}  # the last pair has no good seed
+
+    def draw_toys(prompts, seeds):
+        return [
+            render_scene("red", "circle", "thorns" if ("thorns" in prompt) == (seed in good) else None, seed % 1000)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    panel = JudgePanel([choose_judge("toy-oracle")])
+    build_dataset(pairs[:3], tmp_path / "toy", INFO, draw_toys, best_of=3, panel=panel, batch_size=2)
+    dataset = build_dataset(pairs, tmp_path / "toy", INFO, draw_toys, best_of=3, panel=panel, batch_size=2)
+    assert [pair.seed for pair in dataset.pairs[:3]] == [candidates[number][number].seed for number in range(3)]
+    assert len(dataset.pairs) == 4 and dataset.pairs[3].seed == 3
+    folder = tmp_path / "shared"
+    barrier = threading.Barrier(2)
+    threads = [
+        threading.Thread(
+            target=build_dataset,
+            args=(pairs, folder, INFO, draw_toys),
+            kwargs={"best_of": 3, "panel": panel, "batch_size": 2, "share": Share(rank, 2, lambda: barrier.wait(30))},
+        )
+        for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert content(folder) == content(tmp_path / "toy")

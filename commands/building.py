@@ -1,0 +1,111 @@
+"""`safety-experts dataset build`: draw both images of every prompt pair with one's own model, outside ComfyUI."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..evaluation.drawing import Generation
+    from ..models.checkpoint import Checkpoint
+    from ..preferences.dataset import DatasetInfo
+
+_EPILOG = (
+    "Several GPUs: start it with `accelerate launch` or `torchrun`; each process draws its share; the folder is the "
+    "one that a single process makes. Killed or stopped, the same command goes on."
+)
+
+
+def add_arguments(verbs) -> None:
+    """Declare the verb `build` among those of `dataset`."""
+    text = "draw both images of every prompt pair with your own model"
+    parser = verbs.add_parser("build", help=text, description=text, epilog=_EPILOG)
+    parser.add_argument("--model", required=True, metavar="CKPT", help="single-file checkpoint or diffusers folder")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="prompt pairs: .jsonl, .csv, .yaml")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="dataset folder, new or to add to")
+    parser.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="pairs a prompt, of N seeds")
+    parser.add_argument(
+        "--best-of", type=int, default=1, metavar="K", help="draw K seeds and keep the one the judges agree with most"
+    )
+    from .judging import add_judge_arguments
+
+    add_judge_arguments(parser)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--width", type=int, metavar="PX", help="default: what the family is made for")
+    parser.add_argument("--height", type=int, metavar="PX")
+    parser.add_argument("--karras", action="store_true", help="Karras noise levels")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt of both images")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 else")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pairs drawn together (default: 4)")
+    parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(work=_build)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    for name in ("images_per_prompt", "best_of", "batch_size"):
+        if not 1 <= getattr(arguments, name) <= 10_000:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1 (and at most 10000)")
+    if (arguments.best_of > 1) != bool(arguments.judge):
+        raise InputError("--best-of and --judge go together: judges choose among the K seeds")
+    from ..evaluation.building import JudgePanel, Share, build_dataset, several_seeds
+    from ..evaluation.drawing import Generation, default_size_px, drawer_of
+    from ..models.checkpoint import load_checkpoint
+    from ..preferences.pairs import read_prompt_pairs
+    from .judging import chosen_judges
+    from .progress import progress_bar
+    from .sharing import this_process, wait_for_all
+    from .stopping import stop_when_asked
+
+    pairs = several_seeds(read_prompt_pairs(arguments.prompts), arguments.images_per_prompt)
+    checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
+    rank, count, device = this_process(arguments.device)
+    side = default_size_px(checkpoint.family)
+    generation = Generation(
+        arguments.steps,
+        arguments.guidance,
+        arguments.width or side,
+        arguments.height or side,
+        arguments.karras,
+        arguments.negative,
+        arguments.precision or ("fp32" if device.type == "cpu" else "bf16"),
+    )
+    panel = JudgePanel(chosen_judges(arguments), str(device)) if arguments.judge else None
+    with (
+        stop_when_asked() as should_stop,
+        progress_bar("pairs", is_hidden=arguments.json or rank > 0) as show,
+        drawer_of(checkpoint, {"base": ()}, generation, device) as drawer,
+    ):
+        dataset = build_dataset(
+            pairs,
+            arguments.out,
+            _describe(checkpoint, generation, arguments),
+            lambda prompts, seeds: drawer.draw("base", prompts, seeds, None),
+            batch_size=arguments.batch_size,
+            best_of=arguments.best_of,
+            panel=panel,
+            share=Share(rank, count, wait_for_all) if count > 1 else None,
+            on_progress=show,
+            should_stop=should_stop,
+        )
+    if rank:
+        return
+    if arguments.json:
+        print(json.dumps({"folder": str(dataset.folder), "pairs": len(dataset.pairs)}))
+    else:
+        print(f"{dataset.folder}: {len(dataset.pairs)} pairs")
+
+
+def _describe(checkpoint: "Checkpoint", generation: "Generation", arguments: argparse.Namespace) -> "DatasetInfo":
+    from ..checkpoint_id import CheckpointId
+    from ..preferences.dataset import DatasetInfo
+
+    base = CheckpointId(name=checkpoint.name, sha256=checkpoint.sha256, family=checkpoint.family)
+    drawn = generation.to_json() | {"program": "safety-experts dataset build", "batch_size": arguments.batch_size}
+    if arguments.best_of > 1:
+        drawn |= {"best_of": arguments.best_of, "judges": ", ".join(arguments.judge)}
+    return DatasetInfo(base, drawn, prompt_source=arguments.prompts.name)
