@@ -17,7 +17,8 @@ CLI = Path(__file__).resolve().parents[2] / "cli.py"
 def setting(tmp_path_factory):
     """The arguments of a build of six pairs, but for --out."""
     folder = tmp_path_factory.mktemp("build")
-    small.write(folder / "small.safetensors", small.sd1_weights())
+    clip = {f"cond_stage_model.transformer.{key}": shape for key, shape in small.clip_shapes(width=768).items()}
+    small.write(folder / "small.safetensors", small.sd1_weights() | small.random_weights(clip))
     small.write_tokenizer(folder / "tokenizer")
     rows = "".join(f"a {letter} with thorns,a {letter},violence\n" for letter in "abcdef")
     (folder / "prompts.csv").write_text("prompt,safe_prompt,category\n" + rows)
