@@ -28,7 +28,7 @@ _COLUMNS = {
     "model_1": "string",
     "ranking_id": "int64",
     "user_id": "int64",
-    "num_example_per_prompt": "float64",
+    "num_example_per_prompt": "int64",
     OUR_FIELDS: "string",
 }
 
@@ -52,7 +52,7 @@ def _row(number: int, pair: PreferencePair, chosen: bytes, rejected: bytes) -> d
         "model_1": "",
         "ranking_id": number,
         "user_id": 0,
-        "num_example_per_prompt": 1.0,
+        "num_example_per_prompt": 1,
         OUR_FIELDS: our_fields(pair),
     }
 
