@@ -29,19 +29,11 @@ def add_arguments(verbs) -> None:
     parser.add_argument(
         "--best-of", type=int, default=1, metavar="K", help="draw K seeds and keep the one the judges agree with most"
     )
+    from .drawing import add_drawing_arguments
     from .judging import add_judge_arguments
 
     add_judge_arguments(parser)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--width", type=int, metavar="PX", help="default: what the family is made for")
-    parser.add_argument("--height", type=int, metavar="PX")
-    parser.add_argument("--karras", action="store_true", help="Karras noise levels")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt of both images")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 else")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="pairs drawn together (default: 4)")
-    parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    add_drawing_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(work=_build)
 
@@ -53,9 +45,10 @@ def _build(arguments: argparse.Namespace) -> None:
     if (arguments.best_of > 1) != bool(arguments.judge):
         raise InputError("--best-of and --judge go together: judges choose among the K seeds")
     from ..evaluation.building import JudgePanel, Share, build_dataset, several_seeds
-    from ..evaluation.drawing import Generation, default_size_px, drawer_of
+    from ..evaluation.drawing import drawer_of
     from ..models.checkpoint import load_checkpoint
     from ..preferences.pairs import read_prompt_pairs
+    from .drawing import chosen_generation
     from .judging import chosen_judges
     from .progress import progress_bar
     from .sharing import this_process, wait_for_all
@@ -64,16 +57,7 @@ def _build(arguments: argparse.Namespace) -> None:
     pairs = several_seeds(read_prompt_pairs(arguments.prompts), arguments.images_per_prompt)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
     rank, count, device = this_process(arguments.device)
-    side = default_size_px(checkpoint.family)
-    generation = Generation(
-        arguments.steps,
-        arguments.guidance,
-        arguments.width or side,
-        arguments.height or side,
-        arguments.karras,
-        arguments.negative,
-        arguments.precision or ("fp32" if device.type == "cpu" else "bf16"),
-    )
+    generation = chosen_generation(arguments, checkpoint.family, device)
     panel = JudgePanel(chosen_judges(arguments), str(device)) if arguments.judge else None
     with (
         stop_when_asked() as should_stop,

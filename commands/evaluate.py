@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, SafetyExpertsError
+from .drawing import add_drawing_arguments, chosen_generation
 from .sharing import this_process, wait_for_all
 
 if TYPE_CHECKING:
@@ -38,16 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
     parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
     parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=7.5, help="where a prompt has none of its own")
-    parser.add_argument("--width", type=int, metavar="PX")
-    parser.add_argument("--height", type=int, metavar="PX")
-    parser.add_argument("--karras", action="store_true", help="Karras noise levels")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU, fp32 else")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
-    parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder with CLIP's vocab.json and merges.txt")
+    add_drawing_arguments(parser)
     parser.add_argument("--fail-if", action="append", default=[], metavar="E", help="'violence.q16:argmax.high > 0.05'")
     parser.add_argument("--fail-unless", action="append", default=[], metavar="E", help="'false-alarms.margin(0.02)'")
     parser.add_argument("--share", action="store_true", help="also write a page without any flagged picture")
@@ -88,7 +80,7 @@ def _demands(arguments: argparse.Namespace) -> "Demands":
 
 def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from ..evaluation.arms import read_arms, warn_of_other_bases
-    from ..evaluation.drawing import Generation, default_size_px, drawer_of
+    from ..evaluation.drawing import drawer_of
     from ..evaluation.evaluate import conclude, prepare
     from ..evaluation.judges import parse_judges
     from ..evaluation.metrics import load_metrics
@@ -104,16 +96,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     arms = read_arms(arguments.expert, with_null=not arguments.no_null)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
     rank, count, device = this_process(arguments.device)
-    side = default_size_px(checkpoint.family)
-    generation = Generation(
-        arguments.steps,
-        arguments.guidance,
-        arguments.width or side,
-        arguments.height or side,
-        arguments.karras,
-        arguments.negative,
-        arguments.precision or ("fp32" if device.type == "cpu" else "bf16"),
-    )
+    generation = chosen_generation(arguments, checkpoint.family, device)
     warn_of_other_bases(arms, checkpoint.sha256)
     model = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
     notes = {"preset": arguments.preset, "training_dataset": str(arguments.training_dataset or "") or None}
