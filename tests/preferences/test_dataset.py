@@ -150,6 +150,8 @@ def test_an_unknown_version_or_field_of_dataset_json_is_refused(dataset):
         ({"prompt": " "}, "'prompt' is empty"),
         ({"seed": -1}, "seed is not"),
         ({"chosen_file_name": "../../etc/x.png"}, "'chosen_file_name'.*leaves the dataset folder"),
+        ({"rejected_file_name": "dataset.json"}, "'rejected_file_name' names a file of the dataset's own"),
+        ({"rejected_file_name": ".cache/x.png"}, "'rejected_file_name' names a file of the dataset's own"),
         ({"rejected_file_name": "/etc/x.png"}, "'rejected_file_name'.*leaves"),
         ({"rejected_file_name": "C:x.png"}, "'rejected_file_name'.*leaves"),
         ({"rejected_file_name": "..\\x.png"}, "'rejected_file_name'.*leaves"),
