@@ -115,13 +115,13 @@ class PreferencePair:
 
 
 def _check_file_name(name: str, field_name: str) -> None:
-    first = PurePosixPath(name).parts[0].casefold() if PurePosixPath(name).parts else ""
-    if first.startswith(".") or (first != "images" and first in _OWN_NAMES):
-        raise InputError(f"field {field_name!r} names a file of the dataset's own, no image; use a name in images/")
     # Both kinds of path, so that a dataset made to attack Windows is refused everywhere.
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts or "\\" in name:
         raise InputError(f"field {field_name!r} leaves the dataset folder; use a name inside it, with /")
+    first = PurePosixPath(name).parts[0].casefold() if PurePosixPath(name).parts else ""
+    if first.startswith(".") or (first != "images" and first in _OWN_NAMES):
+        raise InputError(f"field {field_name!r} names a file of the dataset's own, no image; use a name in images/")
 
 
 @dataclass(frozen=True)
