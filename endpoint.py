@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .errors import InputError, SafetyExpertsError
 
@@ -26,6 +26,52 @@ Answer = TypeVar("Answer")
 
 class InvalidAnswerError(Exception):
     """The model answered, but not what was asked for; asking again may help."""
+
+
+class TextModel(Protocol):
+    """A language model, wherever it runs.
+
+    Attributes:
+        name: what is recorded of it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def complete(
+        self,
+        messages: list[dict[str, Any]],
+        schema: dict[str, Any],
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str: ...
+
+
+def ask(
+    model: TextModel,
+    messages: list[dict[str, Any]],
+    schema: dict[str, Any],
+    validate: Callable[[str], Answer],
+    *,
+    retries: int = 2,
+    max_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Answer | None:
+    """Return `validate(the model's answer)`; None when no answer was valid after all retries.
+
+    Args:
+        validate: raises `InvalidAnswerError` for an answer to ask for again; the seed changes with each try.
+    """
+    for attempt in range(retries + 1):
+        answer = model.complete(messages, schema, max_tokens=max_tokens, temperature=temperature, seed=seed + attempt)
+        try:
+            return validate(answer)
+        except InvalidAnswerError:
+            continue
+    return None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -59,43 +105,40 @@ class Endpoint:
                 f"url {self.url!r} is not on this machine, and what is asked would leave it; allow_remote allows that"
             )
 
-    def ask(
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def complete(
         self,
         messages: list[dict[str, Any]],
         schema: dict[str, Any],
-        validate: Callable[[str], Answer],
         *,
         max_tokens: int = 200,
         temperature: float = 0.0,
         seed: int = 0,
-    ) -> Answer | None:
-        """Return `validate(the model's answer)`; None when no answer was valid after all retries.
+    ) -> str:
+        """Return the model's answer to messages as the API has them.
 
         Args:
-            messages: as the API has them.
             schema: JSON schema of the answer; servers that cannot enforce one are asked without it.
-            validate: raises `InvalidAnswerError` for an answer to ask for again; the seed changes with each try.
 
         Raises:
             SafetyExpertsError: nobody answers, or the server refuses the request, key or model.
         """
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-            "response_format": {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": schema},
-            },
-        }
-        for attempt in range(self.retries + 1):
-            text = self._post({**body, "seed": seed + attempt})
-            try:
-                return validate(text)
-            except InvalidAnswerError:
-                continue
-        return None
+        return self._post(
+            {
+                "model": self.model,
+                "messages": messages,
+                "temperature": temperature,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "answer", "strict": True, "schema": schema},
+                },
+            }
+        )
 
     def _post(self, body: dict[str, Any]) -> str:
         for attempt in range(self.retries + 1):

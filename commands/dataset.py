@@ -1,4 +1,4 @@
-"""`safety-experts dataset`: import, export, check, count, judge, split and merge preference data."""
+"""`safety-experts dataset`: import, export, check, count, judge, write, split and merge preference data."""
 
 import argparse
 import dataclasses
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..errors import InputError, SafetyExpertsError
 from ..files import check_usable
-from . import building, judging
+from . import building, judging, writing
 
-HELP = "import, export, check, count, judge, split and merge preference data"
+HELP = "import, export, check, count, judge, write, split and merge preference data"
 
 _PROMPT_FILES = {"csv": (".csv",), "jsonl": (".jsonl",), "taxonomy": (".yaml", ".yml")}
 
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("folder", type=Path, metavar="DIR", help="a dataset folder")
     building.add_arguments(verbs)
     judging.add_arguments(verbs)
+    writing.add_arguments(verbs)
 
 
 def _add_comparing_verbs(add_verb) -> None:

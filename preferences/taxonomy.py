@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import string
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
@@ -91,20 +92,21 @@ def _read_templates(templates: Any, lists: dict[str, list[str]]) -> list[tuple[s
         if not isinstance(template, dict) or set(template) != {"prompt", "safe_prompt"}:
             raise InputError(f"{where}: expected exactly the fields prompt and safe_prompt")
         for name, text in template.items():
-            for number, placeholder in enumerate(_placeholders(text, f"{where}.{name}"), start=1):
+            for number, placeholder in enumerate(template_fields(text, f"{where}.{name}"), start=1):
                 if placeholder not in lists and placeholder != "concept":
                     raise InputError(
                         f"{where}.{name}: unknown placeholder (the {number}.); there is {{concept}}, and one for each "
                         f"of the {len(lists)} lists"
                     )
-        if "concept" not in _placeholders(template["prompt"], where):
+        if "concept" not in template_fields(template["prompt"], where):
             raise InputError(f"{where}.prompt: has no {{concept}}; say where the concept goes")
         if template["prompt"] == template["safe_prompt"]:
             raise InputError(f"{where}: safe_prompt equals prompt; the two must differ")
     return [(template["prompt"], template["safe_prompt"]) for template in templates]
 
 
-def _placeholders(text: Any, where: str) -> list[str]:
+def template_fields(text: Any, where: str) -> list[str]:
+    """Return the names between the braces of a template; an InputError names `where`."""
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: expected text; put it in quotes")
     try:
@@ -119,7 +121,8 @@ def _placeholders(text: Any, where: str) -> list[str]:
     return [name for name, _, _ in fields if name is not None]
 
 
-def _fill(text: str, values: dict[str, str]) -> str:
+def fill_template(text: str, values: Mapping[str, str]) -> str:
+    """Return a template with its names replaced."""
     # Not str.format, which would also look up attributes of the values.
     parts = string.Formatter().parse(text)
     return "".join(literal + (values[name] if name is not None else "") for literal, name, _, _ in parts)
@@ -133,13 +136,13 @@ def _combine(
         choices = _choices(prompt, safe_prompt, lists, concepts)
         for values in itertools.product(*choices.values()):
             filled = dict(zip(choices, values, strict=True))
-            found.setdefault((_fill(prompt, filled), _fill(safe_prompt, filled)), filled["concept"])
+            found.setdefault((fill_template(prompt, filled), fill_template(safe_prompt, filled)), filled["concept"])
     in_order = sorted(found, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
     return [(*pair, found[pair]) for pair in in_order]
 
 
 def _choices(prompt: str, safe_prompt: str, lists: dict[str, list[str]], concepts: list[str]) -> dict[str, list[str]]:
-    used = {*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")}
+    used = {*template_fields(prompt, ""), *template_fields(safe_prompt, "")}
     return {"concept": concepts} | {name: items for name, items in lists.items() if name in used}
 
 
@@ -147,7 +150,7 @@ def _check_size(templates: list[tuple[str, str]], lists: dict[str, list[str]], c
     """Refuse what a short text would expand to, before it is expanded."""
     num_pairs = num_characters = 0
     for prompt, safe_prompt in templates:
-        placeholders = [*_placeholders(prompt, ""), *_placeholders(safe_prompt, "")]
+        placeholders = [*template_fields(prompt, ""), *template_fields(safe_prompt, "")]
         for items in concepts.values():
             choices = _choices(prompt, safe_prompt, lists, items)
             num_here = math.prod(map(len, choices.values()))

@@ -32,6 +32,7 @@ SHARED = {
     "plain_yaml",
     "seeding",
     "tensor_file",
+    "transformers_folder",
     "typed",
 }
 LIBRARY_FILES = sorted(

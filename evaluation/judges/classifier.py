@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ...errors import InputError
+from ...transformers_folder import check_loaded, config_of, weights_sha256
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
-from .model_folder import check_loaded, config_of, weights_sha256
 
 
 def _as_list(value: Any) -> Any:

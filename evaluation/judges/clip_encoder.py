@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import InputError
-from .model_folder import check_loaded, config_of, weights_sha256
+from ...transformers_folder import check_loaded, config_of, weights_sha256
 
 # OpenAI's, of every CLIP that does not say otherwise.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pydantic
 from PIL import Image
 
-from ...endpoint import Endpoint, InvalidAnswerError, json_in
+from ...endpoint import Endpoint, InvalidAnswerError, ask, json_in
 from ...files import write_atomically
 from ...preferences.categories import canonical_category
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
@@ -89,7 +89,9 @@ class Vlm:
         path = self._cache / key[:2] / f"{key}.json"
         verdict = _read_cached(path)
         if verdict is None:
-            verdict = self._endpoint.ask(self._messages(png), self._schema(), self._validate)
+            verdict = ask(
+                self._endpoint, self._messages(png), self._schema(), self._validate, retries=self._endpoint.retries
+            )
             if verdict is None:
                 return {}
             with write_atomically(path) as temporary:

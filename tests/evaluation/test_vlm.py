@@ -3,10 +3,9 @@
 import base64
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from openai_server import OpenAiServer
 from PIL import Image
 from safety_experts import endpoint
 from safety_experts.errors import InputError, SafetyExpertsError
@@ -15,42 +14,6 @@ from safety_experts.toy.oracle import read_image
 from safety_experts.toy.world import MARKS, render_scene
 
 CATEGORY_OF = {mark: category for category, mark in MARKS.items()}
-
-
-class Server:
-    """Answers with what the toy oracle sees in the picture it was sent, unless `answers` holds something else first."""
-
-    def __init__(self):
-        self.requests, self.answers, self.headers, self.lock = [], [], [], threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    server.requests.append((self.path, body))
-                    server.headers.append(dict(self.headers))
-                    answer = server.answers.pop(0) if server.answers else _see
-                answer = answer(body) if callable(answer) else answer
-                status, content = answer if isinstance(answer, tuple) else (200, answer)
-                data = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
-                self.send_response(status)
-                if status == 302:
-                    self.send_header("Location", content)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def _picture(body) -> Image.Image:
@@ -67,7 +30,7 @@ def _see(body) -> str:
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(endpoint, "_WAIT_SECONDS", 0.01)
-    server = Server()
+    server = OpenAiServer(_see)
     yield server
     server.close()
 
@@ -170,7 +133,7 @@ def test_a_server_that_refuses_ends_the_work_with_a_reason(server, choose, statu
 
 
 def test_a_redirect_is_not_followed(server, choose):
-    other = Server()
+    other = OpenAiServer(_see)
     server.answers = [(302, other.url + "/chat/completions")] * 9
     try:
         with pytest.raises(SafetyExpertsError):

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError
-from ...files import sha256_of_file
+from .errors import InputError
+from .files import sha256_of_file
 
 
 def config_of(folder: Path) -> Any:
