@@ -12,6 +12,7 @@ from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, Saf
 from .protection import SafetyExpertsProtect
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
 from .training import SafetyExpertsRecipe, SafetyExpertsTrain
+from .writing import SafetyExpertsWritePairs
 
 
 class SafetyExpertsExtension(ComfyExtension):
@@ -23,6 +24,7 @@ class SafetyExpertsExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             SafetyExpertsPromptPairs,
+            SafetyExpertsWritePairs,
             SafetyExpertsGeneratePairs,
             SafetyExpertsRecordPair,
             SafetyExpertsLoadDataset,

@@ -1,0 +1,118 @@
+"""A node that lets a language model write prompt pairs."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..endpoint import Endpoint
+from ..errors import InputError
+from ..plain_yaml import load_yaml
+from ..preferences.records import refuse_links
+from ..preferences.writing import check_concepts, write_pairs
+from . import host, sockets
+
+ALLOW_REMOTE_VARIABLE = "SAFETY_EXPERTS_ALLOW_REMOTE"
+EXAMPLE = "violence: [thorns, spikes]\nhate: [stripes]\n"
+
+
+class SafetyExpertsWritePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        server = [
+            io.String.Input(
+                "url", default="http://127.0.0.1:11434/v1", tooltip="OpenAI-compatible address on this machine."
+            ),
+            io.String.Input("model", default="", tooltip="Name of a model that the server has."),
+        ]
+        clip = [io.Clip.Input("clip", tooltip="A text-generation model, as core's Generate Text takes it.")]
+        return io.Schema(
+            node_id="SafetyExpertsWritePairs",
+            display_name="Write Prompt Pairs",
+            category="safety experts/preferences",
+            description="Lets a language model that you run write pairs of an unsafe prompt and a safe one close to it.",
+            search_aliases=["LLM", "generate prompts", "taxonomy", "Ollama"],
+            inputs=[
+                io.DynamicCombo.Input(
+                    "writer",
+                    options=[
+                        io.DynamicCombo.Option("server", server),
+                        io.DynamicCombo.Option("text model", clip),
+                    ],
+                    tooltip="A server such as Ollama, llama.cpp or vLLM, or a text model loaded in this graph.",
+                ),
+                io.String.Input(
+                    "concepts",
+                    multiline=True,
+                    default=EXAMPLE,
+                    tooltip="YAML: for each category the words that make a picture of it.",
+                ),
+                io.Int.Input("number", default=10, min=1, max=10000, tooltip="Pairs for each concept."),
+                sockets.dataset_name_input(),
+            ],
+            outputs=[
+                sockets.PromptPairs.Output("prompt_pairs"),
+                io.String.Output("summary", tooltip="How many there are, what was left out and why, what is missing."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, writer: dict, concepts: str, number: int, dataset_name: str) -> io.NodeOutput:
+        wanted = check_concepts(load_yaml(concepts, "concepts"), "concepts")
+        folder = host.dataset_folder(dataset_name)
+        refuse_links(folder)
+        progress = host.PatientProgress(1)
+        written = write_pairs(
+            _model(writer),
+            wanted,
+            Path(folder) / "prompt_pairs.jsonl",
+            number=number,
+            on_progress=progress.show,
+            should_stop=progress.is_cancelled,
+        )
+        progress.raise_cancel()
+        lines = [f"{len(written.pairs)} prompt pairs"]
+        lines += [f"left out: {count}, {problem}" for problem, count in written.refused.most_common()]
+        lines += [f"not written: {count} for {what}" for what, count in written.missing.items()]
+        if not written.pairs:
+            raise InputError(f"the model wrote no pair that can be used ({'; '.join(lines[1:])}): try another model")
+        return io.NodeOutput(sockets.PromptPairList(written.pairs), "\n".join(lines))
+
+
+def _model(writer: dict):
+    if writer["writer"] == "text model":
+        return ComfyTextModel(writer["clip"])
+    if not (writer["model"] or "").strip():
+        raise InputError("model is empty: name a model that the server has")
+    # Whether prompts may leave this machine is not for a workflow to say.
+    return Endpoint(writer["url"], writer["model"].strip(), os.environ.get(ALLOW_REMOTE_VARIABLE) == "1")
+
+
+class ComfyTextModel:
+    """A text-generation model of the graph, asked as core's node Generate Text does."""
+
+    name = "a text model in ComfyUI"
+
+    def __init__(self, clip):
+        if not all(hasattr(clip, name) for name in ("generate", "decode")):
+            raise InputError("this ComfyUI has no text generation: update it, or use a server")
+        self._clip = clip
+
+    def complete(
+        self,
+        messages: list[dict[str, Any]],
+        schema: dict[str, Any],
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        host.stop_if_cancelled()
+        tokens = self._clip.tokenize(messages[0]["content"], min_length=1)
+        sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "seed": seed}
+        try:
+            found = self._clip.generate(tokens, max_length=max_tokens, **sampling)
+        except AttributeError as error:  # what an image model's text encoder says
+            raise InputError("this CLIP writes no text: load a text-generation model, or use a server") from error
+        return self._clip.decode(found)
