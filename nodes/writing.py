@@ -31,7 +31,7 @@ class SafetyExpertsWritePairs(io.ComfyNode):
             node_id="SafetyExpertsWritePairs",
             display_name="Write Prompt Pairs",
             category="safety experts/preferences",
-            description="Lets a language model that you run write pairs of an unsafe prompt and a safe one close to it.",
+            description="Lets a language model that you run write pairs of an unsafe and a safe prompt close to it.",
             search_aliases=["LLM", "generate prompts", "taxonomy", "Ollama"],
             inputs=[
                 io.DynamicCombo.Input(
