@@ -1,4 +1,4 @@
-"""Datasets survive SIGKILL: import, build (alone and by three processes) and review, killed at random moments.
+"""Datasets survive SIGKILL: import, build (alone and by three processes), judge and review, killed at random.
 
 Every kill is followed by a look at the folder: it opens, every pair that was said to be done is there once, and no line
 is unreadable. Then the same work is started again; at the end the folder is, byte for byte, that of work left alone.
@@ -12,13 +12,16 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safety_experts.evaluation import judging
 from safety_experts.evaluation.building import Share, build_dataset
+from safety_experts.evaluation.judges import choose_judge
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.exporting import export_dataset
@@ -52,10 +55,13 @@ def kill_and_compare(num_kills: int, seed: int) -> dict[str, dict[str, int]]:
         whole = build_dataset(PAIRS, root / "whole", INFO, draw)
         export_dataset(whole, "kohya", root / "kohya")
         alone = import_dataset("kohya", root / "kohya", root / "alone").dataset
+        _judge(whole.folder, root / "judged")
+        judged = PreferenceDataset.open(root / "judged")
         kinds: dict[str, tuple[Callable[[Path], None], PreferenceDataset, int]] = {
             "import": (lambda folder: _import(root / "kohya", folder), alone, 1),
             "build": (_build, whole, 1),
             "build by three processes": (_build_together, whole, 3),
+            "judge": (lambda folder: _judge(whole.folder, folder), judged, 1),
         }
         report = {}
         for number, (kind, (work, expected, _)) in enumerate(kinds.items()):
@@ -91,6 +97,14 @@ def _build_together(folder: Path) -> None:
     build_dataset(PAIRS, folder, INFO, draw, share=Share(0, 3, lambda: _wait(barrier)))
     for child in children:
         os.waitpid(child, 0)
+
+
+def _judge(source: Path, folder: Path) -> None:
+    if not folder.exists():
+        shutil.copytree(source, folder.with_name(f"{folder.name}-copy"), dirs_exist_ok=True)
+        folder.with_name(f"{folder.name}-copy").rename(folder)
+    judging._FLUSH_SECONDS, judging._FLUSH_SHARE = 0.0, 1e9  # a write for every score, so that kills hit writes
+    judging.judge_dataset(PreferenceDataset.open(folder), [choose_judge("toy-oracle")])
 
 
 def _wait(barrier) -> None:
@@ -156,6 +170,7 @@ def _look(folder: Path, known: set[str], counts: dict[str, int]) -> set[str]:
             counts["unreadable"] += 1
             continue
         found += [pair.id for pair in dataset.pairs] if part == folder or not known else []
+        found += [f"{pair.id} {key}" for pair in dataset.pairs for key in pair.scores]
         ids = (
             [json.loads(line)["id"] for line in (part / "metadata.jsonl").read_bytes().split(b"\n")[:-1]]
             if (part / "metadata.jsonl").exists()
