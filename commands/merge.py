@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..experts.merging import find_method, merge_experts
 
     method = find_method(arguments.method)
-    parameters = method.parse_parameters(parse_key_values(arguments.set), arguments.method)
+    parameters = method.parse_parameters(parse_key_values(arguments.set))
     experts = [open_expert(path) for path in arguments.experts]
     statistics = _statistics(arguments, experts) if method.needs_statistics else None
     if method.needs_weights and weights is None and arguments.calibration:

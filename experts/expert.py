@@ -51,10 +51,14 @@ class LoraLayer:
         shaped_up = up.float().reshape(out, rank, *[1] * (len(inner) - 1)).contiguous()
         return cls(shaped_down, shaped_up, float(rank))
 
+    def factors(self, dtype: torch.dtype = torch.float32, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return (up [out, r], down [r, in·kh·kw]) with up @ down = weight · ΔW."""
+        return self.up.to(dtype).flatten(1) * (weight * self.scale), self.down.to(dtype).flatten(1)
+
     def delta(self) -> Tensor:
         """Return ΔW, dense, float32, in `weight_shape`."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.scale * product).reshape(self.weight_shape)
+        up, down = self.factors()
+        return (up @ down).reshape(self.weight_shape)
 
     def __repr__(self) -> str:
         return f"LoraLayer({list(self.weight_shape)}, rank {self.rank}, alpha {self.alpha:g})"

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint_id import CheckpointId
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
 from ..tensor_file import tensor_bytes
+from ..typed import printable
 from .blocks import RankBlock, rank_blocks
+from .compatibility import check_one_model
 from .expert import Expert, LoraLayer
 from .info import ExpertInfo, Merged
 from .merge_methods import METHODS, LayerTask, MergeMethod, Part
@@ -62,10 +64,11 @@ def merge_experts(
         raise InputError(f"{len(chosen_weights)} weights for {len(experts)} experts; give one weight an expert")
     if not all(map(math.isfinite, chosen_weights)):
         raise InputError(f"weights {chosen_weights} must be finite numbers")
-    values = entry.parse_parameters(parameters or {}, method)
+    values = entry.parse_parameters(parameters or {})
     if entry.needs_statistics and statistics is None and len(experts) > 1:
         raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
 
+    check_one_model(experts)
     expert_ids = [expert.tensors_sha256() for expert in experts]
     names = list(dict.fromkeys(layer for expert in experts for layer in expert.layers))
     layers: dict[str, LoraLayer] = {}
@@ -129,7 +132,8 @@ def find_method(method: str) -> MergeMethod:
         InputError: there is no such method.
     """
     if method not in METHODS:
-        raise InputError(f"no merge method {method!r}; choose one of {', '.join(METHODS)}")
+        guess = did_you_mean(method, METHODS) or f"; choose one of {', '.join(METHODS)}"
+        raise InputError(f"no merge method {printable(method, 50)!r}{guess}")
     return METHODS[method]
 
 
@@ -141,12 +145,6 @@ def _parts(
         layer = expert.layers.get(name)
         if layer is None:
             continue
-        if parts and parts[0].layer.weight_shape != layer.weight_shape:
-            first = parts[0]
-            raise InputError(
-                f"layer {name} is {list(first.layer.weight_shape)} in {experts[first.index].name} but "
-                f"{list(layer.weight_shape)} in {expert.name}; only experts of one model family can be merged"
-            )
         if device is not None and torch.device(device).type != "mps":  # which has no float64
             layer = LoraLayer(layer.down.to(device), layer.up.to(device), layer.alpha)
         parts.append(Part(index, expert_ids[index], layer, weight))

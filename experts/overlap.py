@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .compatibility import check_one_model
 from .expert import Expert, LoraLayer
 from .truncation import truncate_factors
 
@@ -72,8 +73,8 @@ def overlap(expert: Expert, style: Expert) -> dict[str, Overlap]:
     """
     overlaps = {}
     for name in shared_layers(expert, style):
-        style_up, style_down = factors(style.layers[name])
-        expert_up, expert_down = factors(expert.layers[name])
+        style_up, style_down = style.layers[name].factors(torch.float64)
+        expert_up, expert_down = expert.layers[name].factors(torch.float64)
         columns, rows = spaces(expert.layers[name])
         style_energy = energy(style_up, style_down)
         overlaps[name] = Overlap(
@@ -102,19 +103,8 @@ def shared_layers(expert: Expert, style: Expert) -> list[str]:
     shared = [name for name in style.layers if name in expert.layers]
     if not shared:
         raise InputError(f"{style.name} and {expert.name} have no layer in common; give LoRAs of one model family")
-    for name in shared:
-        shapes = [list(lora.layers[name].weight_shape) for lora in (style, expert)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"layer {name} is {shapes[0]} in {style.name} but {shapes[1]} in {expert.name}; "
-                "give LoRAs of one model family"
-            )
+    check_one_model([style, expert])
     return shared
-
-
-def factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
-    """Return (up [out, r], down [r, in·kh·kw]) in float64 with up @ down = ΔW."""
-    return layer.scale * layer.up.double().flatten(1), layer.down.double().flatten(1)
 
 
 def energy(up: Tensor, down: Tensor) -> float:
@@ -124,7 +114,7 @@ def energy(up: Tensor, down: Tensor) -> float:
 
 def spaces(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """Return orthonormal bases of ΔW's column space [out, k] and row space [in·kh·kw, k], float64; k: its true rank."""
-    up, down = factors(layer)
+    up, down = layer.factors(torch.float64)
     kept = truncate_factors(up, down, layer.rank)
     if kept is None:
         return up[:, :0], down.T[:, :0]

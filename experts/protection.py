@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from .expert import Expert, LoraLayer
 from .info import Protected
-from .overlap import energy, factors, shared_layers, spaces
+from .overlap import energy, shared_layers, spaces
 
 Space = Literal["output", "input", "both"]
 SPACES: tuple[Space, ...] = get_args(Space)
@@ -79,7 +79,9 @@ def protect(
 
 def kept_energy(style: Expert, protected: Expert) -> float:
     """Return ‖ΔW'‖² / ‖ΔW‖² over all layers: how much of the style is left, 0 to 1."""
-    before, after = (sum(energy(*factors(layer)) for layer in lora.layers.values()) for lora in (style, protected))
+    before, after = (
+        sum(energy(*layer.factors(torch.float64)) for layer in lora.layers.values()) for lora in (style, protected)
+    )
     return after / before if before else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Help pages and README list every option and method (`python tests/test_help_pages.py` rewrites their tables)."""
+"""Help pages and docs list every option and method (`python tests/test_help_pages.py` rewrites their tables)."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ ROWS = {
     "docs/judges.md": _JUDGE_ROWS,
     "web/docs/SafetyExpertsJudge.md": _JUDGE_ROWS,
     "docs/training.md": [_row(name, objective) for name, objective in OBJECTIVES.items()],
-    "README.md": _METHOD_ROWS,
+    "docs/merging.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsMerge.md": _METHOD_ROWS,
     "web/docs/SafetyExpertsRecipe.md": [
         *(f"| `{name}` | {field.description} |" for name, field in Recipe.model_fields.items()),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .method import LayerTask, MergedLayer, Part
+from .method import SCALE, LayerTask, MergedLayer, MergeMethod, Part
 
 
 def concatenate(task: LayerTask, parts: Sequence[Part], coefficients: Sequence[float | Tensor]) -> MergedLayer:
@@ -45,3 +45,39 @@ def merge_average(task: LayerTask) -> MergedLayer:
 def merge_task_arithmetic(task: LayerTask) -> MergedLayer:
     """ΔW = scale · Σ_k ΔW_k."""
     return concatenate(task, task.parts, [task.parameters["scale"]] * len(task.parts))
+
+
+METHODS = (
+    MergeMethod(
+        name="linear",
+        title="Weighted sum",
+        paper_url="https://arxiv.org/abs/2212.04089",
+        summary="Adds the experts up, each with its weight. Ranks add up; one strength a category stays.",
+        merge_layer=merge_linear,
+    ),
+    MergeMethod(
+        name="average",
+        title="Average",
+        paper_url="https://arxiv.org/abs/2203.05482",
+        summary="The sum divided by the number of experts. Ranks add up; one strength a category stays.",
+        merge_layer=merge_average,
+    ),
+    MergeMethod(
+        name="task-arithmetic",
+        title="Task arithmetic",
+        paper_url="https://arxiv.org/abs/2212.04089",
+        summary="The sum times one scale. Ranks add up; one strength a category stays.",
+        merge_layer=merge_task_arithmetic,
+        parameters=(SCALE,),
+    ),
+    MergeMethod(
+        name="fitted",
+        title="Fitted sum",
+        paper_url="https://arxiv.org/abs/2310.02575",
+        summary="Adds the experts up, each as strongly as pairs of a dataset ask for: one strength each is trained "
+        "by the preference loss with the anchor on safe prompts. Our own; the paper learns merge coefficients too, by "
+        "another loss. Ranks add up; one strength a category stays.",
+        merge_layer=merge_linear,
+        needs_weights=True,
+    ),
+)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, did_you_mean
+from ...typed import printable
 from ..expert import LoraLayer
 
 
@@ -33,16 +34,31 @@ class Parameter:
         kind = type(self.default)
         try:
             parsed = kind(value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{method}: {self.name} must be {kind.__name__}, got {value!r}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"{method}: {self.name} must be {kind.__name__}, got {printable(str(value), 50)!r}"
+            ) from error
         if self.choices and parsed not in self.choices:
-            raise InputError(f"{method}: {self.name} must be one of {', '.join(self.choices)}, got {value!r}")
+            raise InputError(
+                f"{method}: {self.name} must be one of {', '.join(self.choices)}, got {printable(str(value), 50)!r}"
+            )
         if isinstance(parsed, (int, float)):
             low = -math.inf if self.minimum is None else self.minimum
             high = math.inf if self.maximum is None else self.maximum
             if not low <= parsed <= high:
-                raise InputError(f"{method}: {self.name} must be from {low:g} to {high:g}, got {value!r}")
+                raise InputError(
+                    f"{method}: {self.name} must be from {low:g} to {high:g}, got {printable(str(value), 50)!r}"
+                )
         return parsed
+
+
+SCALE = Parameter("scale", 1.0, "Multiplies the merged change.", minimum=-10.0, maximum=10.0)
+SEED = Parameter("seed", 0, "Seed of the random dropping.", minimum=0, maximum=2**32 - 1)
+
+
+def density(default: float) -> Parameter:
+    """Return the parameter of that name."""
+    return Parameter("density", default, "Fraction of each expert's weights that stays.", minimum=0.001, maximum=1.0)
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,7 @@ class Part:
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return (up [out, r], down [r, in·kh·kw]) with up @ down = weight · ΔW."""
-        up = self.layer.up.to(dtype).flatten(1) * (self.weight * self.layer.scale)
-        return up, self.layer.down.to(dtype).flatten(1)
+        return self.layer.factors(dtype, self.weight)
 
     def delta(self) -> Tensor:
         """Return weight · ΔW, dense float32, [out, in·kh·kw]."""
@@ -109,11 +124,13 @@ class MergeMethod:
     """A registry entry.
 
     Args:
+        name: as recipes of merges, commands and nodes call it; for ever.
         is_exact: the file holds precisely what the formula says, nothing is truncated.
         needs_statistics: it is given activation counts (co_merge.py).
         needs_weights: it has no weights by default; they are fitted on pairs (training/strengths.py) or given.
     """
 
+    name: str
     title: str
     paper_url: str
     summary: str
@@ -123,7 +140,7 @@ class MergeMethod:
     needs_weights: bool = False
     parameters: tuple[Parameter, ...] = ()
 
-    def parse_parameters(self, given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    def parse_parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return every parameter, defaults filled in.
 
         Raises:
@@ -131,5 +148,6 @@ class MergeMethod:
         """
         known = {parameter.name: parameter for parameter in self.parameters}
         if unknown := [name for name in given if name not in known]:
-            raise InputError(f"{method} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-        return {name: item.parse(given.get(name, item.default), method) for name, item in known.items()}
+            guess = did_you_mean(unknown[0], known) or f"; it has {', '.join(known) or 'none'}"
+            raise InputError(f"{self.name} has no parameter {printable(unknown[0], 50)!r}{guess}")
+        return {name: item.parse(given.get(name, item.default), self.name) for name, item in known.items()}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...errors import InputError
 from .concatenation import concatenate, merge_linear
-from .method import LayerTask, MergedLayer
-from .truncation import finish_dense
+from .method import LayerTask, MergedLayer, MergeMethod, Parameter
+from .truncation import TRUNCATION, finish_dense
 
 
 def merge_by_activation(task: LayerTask) -> MergedLayer:
@@ -77,3 +77,37 @@ def _select_factor_elements(task: LayerTask) -> MergedLayer:
     up = ups.gather(0, first_largest(ups.abs())[None])[0]
     down = downs.gather(0, first_largest(downs.abs())[None])[0]
     return MergedLayer(task.make_layer(up, down))
+
+
+METHODS = (
+    MergeMethod(
+        name="co-merge",
+        title="Co-Merge",
+        paper_url="https://arxiv.org/abs/2412.10493",
+        summary="Takes each output row (or layer) from the expert that is most often the most active there. Ranks add "
+        "up; one strength a category stays. Our reading of the paper's figure; its code is not published.",
+        merge_layer=merge_by_activation,
+        needs_statistics=True,
+        parameters=(
+            Parameter("granularity", "row", "What comes from one expert as a whole.", choices=("row", "layer")),
+        ),
+    ),
+    MergeMethod(
+        name="co-merge-weights",
+        title="Co-Merge without data",
+        paper_url="https://arxiv.org/abs/2412.10493",
+        summary="Co-Merge by the size of weights instead of activations: not the paper's method, a fallback that needs "
+        "no prompts. Granularity weight is dense and truncated; factor suits experts trained from one seed.",
+        merge_layer=merge_by_weight,
+        is_exact=False,
+        parameters=(
+            Parameter(
+                "granularity",
+                "row",
+                "What comes from one expert as a whole.",
+                choices=("row", "layer", "factor", "weight"),
+            ),
+            *TRUNCATION,
+        ),
+    ),
+)

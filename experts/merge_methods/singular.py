@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .method import LayerTask, MergedLayer
+from .method import SCALE, LayerTask, MergedLayer, MergeMethod, Parameter, density
 from .sparsification import elect_and_average, keep_largest
-from .truncation import finish_factors
+from .truncation import TRUNCATION, finish_factors
 
 
 def merge_svd(task: LayerTask) -> MergedLayer:
@@ -69,3 +69,44 @@ def _nearest_orthonormal(vectors: Tensor) -> Tensor:
     q, r = torch.linalg.qr(vectors)
     u, _, vh = torch.linalg.svd(r, full_matrices=False)
     return q @ u @ vh
+
+
+METHODS = (
+    MergeMethod(
+        name="svd",
+        title="Truncated sum",
+        paper_url="https://doi.org/10.1007/BF02288367",
+        summary="The best approximation of the weighted sum at a smaller rank.",
+        merge_layer=merge_svd,
+        is_exact=False,
+        parameters=TRUNCATION,
+    ),
+    MergeMethod(
+        name="knots",
+        title="KnOTS with TIES",
+        paper_url="https://arxiv.org/abs/2410.19735",
+        summary="Brings the experts into one space by a joint SVD and merges their right singular vectors by TIES.",
+        merge_layer=merge_knots,
+        is_exact=False,
+        parameters=(density(0.2), SCALE, *TRUNCATION),
+    ),
+    MergeMethod(
+        name="tsv",
+        title="Task singular vectors",
+        paper_url="https://arxiv.org/abs/2412.00081",
+        summary="Makes the experts' singular vectors orthonormal before adding them, so that they interfere less.",
+        merge_layer=merge_tsv,
+        is_exact=False,
+        parameters=(
+            Parameter(
+                "keep_fraction",
+                1.0,
+                "Fraction of each expert's singular vectors that stays.",
+                minimum=0.001,
+                maximum=1.0,
+            ),
+            SCALE,
+            *TRUNCATION,
+        ),
+    ),
+)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .method import LayerTask, MergedLayer, Part
-from .truncation import finish_dense
+from .method import SCALE, SEED, LayerTask, MergedLayer, MergeMethod, Parameter, Part, density
+from .truncation import TRUNCATION, finish_dense
 
 
 def merge_magnitude_prune(task: LayerTask) -> MergedLayer:
@@ -105,3 +105,72 @@ def _drop_at_random(task: LayerTask, part: Part) -> Tensor:
 
 def _uniform(task: LayerTask, part: Part, delta: Tensor) -> Tensor:
     return torch.rand(delta.shape, generator=task.generator(part)).to(delta.device)
+
+
+METHODS = (
+    MergeMethod(
+        name="ties",
+        title="TIES",
+        paper_url="https://arxiv.org/abs/2306.01708",
+        summary="Keeps each expert's largest weights, elects a sign for each weight and averages those that agree.",
+        merge_layer=merge_ties,
+        is_exact=False,
+        parameters=(density(0.2), SCALE, *TRUNCATION),
+    ),
+    MergeMethod(
+        name="dare",
+        title="DARE",
+        paper_url="https://arxiv.org/abs/2311.03099",
+        summary="Drops weights at random, rescales the rest and adds the experts up.",
+        merge_layer=merge_dare,
+        is_exact=False,
+        parameters=(density(0.5), SCALE, SEED, *TRUNCATION),
+    ),
+    MergeMethod(
+        name="dare-ties",
+        title="DARE with TIES",
+        paper_url="https://arxiv.org/abs/2311.03099",
+        summary="Drops weights at random, rescales the rest, then elects signs and averages those that agree.",
+        merge_layer=merge_dare_ties,
+        is_exact=False,
+        parameters=(density(0.5), SCALE, SEED, *TRUNCATION),
+    ),
+    MergeMethod(
+        name="della",
+        title="DELLA",
+        paper_url="https://arxiv.org/abs/2406.11617",
+        summary="Drops small weights more often than large ones, rescales, then elects signs and averages.",
+        merge_layer=merge_della,
+        is_exact=False,
+        parameters=(
+            density(0.5),
+            Parameter("epsilon", 0.2, "Spread of the keep probability within a row.", minimum=0.0, maximum=1.0),
+            SCALE,
+            SEED,
+            *TRUNCATION,
+        ),
+    ),
+    MergeMethod(
+        name="breadcrumbs",
+        title="Model Breadcrumbs",
+        paper_url="https://arxiv.org/abs/2312.06795",
+        summary="Drops the very largest and the small weights of each expert and adds the rest up.",
+        merge_layer=merge_breadcrumbs,
+        is_exact=False,
+        parameters=(
+            density(0.5),
+            Parameter("gamma", 0.01, "Fraction of the largest weights dropped.", minimum=0.0, maximum=1.0),
+            SCALE,
+            *TRUNCATION,
+        ),
+    ),
+    MergeMethod(
+        name="magnitude-prune",
+        title="Magnitude pruning",
+        paper_url="https://arxiv.org/abs/1506.02626",
+        summary="Keeps the largest weights of each expert and adds them up.",
+        merge_layer=merge_magnitude_prune,
+        is_exact=False,
+        parameters=(density(0.2), SCALE, *TRUNCATION),
+    ),
+)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .concatenation import concatenate, merge_linear
-from .method import LayerTask, MergedLayer
+from .method import LayerTask, MergedLayer, MergeMethod, Parameter
 
 _PARALLEL = 1e-6  # below this sine the great circle is a straight line
 
@@ -81,3 +81,23 @@ def _karcher_coefficients(cosines: Tensor, max_iterations: int) -> Tensor:
         mean = torch.cos(size) * mean + torch.sin(size) * step / size
         mean /= (mean @ cosines @ mean).sqrt()
     return mean
+
+
+METHODS = (
+    MergeMethod(
+        name="slerp",
+        title="Spherical interpolation",
+        paper_url="https://doi.org/10.1145/325334.325242",
+        summary="Walks from the first of two experts to the second along the great circle, layer by layer.",
+        merge_layer=merge_slerp,
+        parameters=(Parameter("t", 0.5, "0 is the first expert, 1 the second.", minimum=0.0, maximum=1.0),),
+    ),
+    MergeMethod(
+        name="karcher",
+        title="Karcher mean",
+        paper_url="https://doi.org/10.1002/cpa.3160300502",
+        summary="The direction with the least squared angle to all experts, at their mean size, layer by layer.",
+        merge_layer=merge_karcher,
+        parameters=(Parameter("max_iterations", 100, "Stops earlier when it stands still.", minimum=1, maximum=10000),),
+    ),
+)
