@@ -186,6 +186,32 @@ def remove_leftovers(path: str | os.PathLike) -> None:
                 _let_go(free)
 
 
+@contextlib.contextmanager
+def only_writer(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, no other process of this user may enter for the same path. Nothing stays beside the file.
+
+    Raises:
+        InputError: another process is inside.
+    """
+    from filelock import FileLock, Timeout
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:32]
+    lock = FileLock(cache / "safety-experts" / "locks" / f"{name}.lock", timeout=0)
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"another process is working on {path}; wait for it, or choose another name") from None
+    except (OSError, NotImplementedError):  # a read-only home or a drive without locks: work all the same
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _leftover_prefix(target: Path) -> str:
     return f".{target.stem.encode()[:40].decode(errors='ignore')}-"
 

@@ -4,8 +4,10 @@ Reads from top to bottom: prepare, loop, finish. The reference of the preference
 LoRA off; images and prompts are encoded once.
 """
 
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from ..errors import InputError, SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.expert_file import save_expert
 from ..experts.info import ExpertInfo
-from ..files import remove_leftovers
+from ..files import only_writer, remove_leftovers
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
@@ -94,7 +96,8 @@ def train_expert(
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
 
     Raises:
-        InputError: dataset, checkpoint, recipe or resume state are unusable; the message names the file or field.
+        InputError: dataset, checkpoint, recipe or resume state are unusable, or another process trains `out_path`; the
+            message names the file or field.
         SafetyExpertsError: the loss is not finite, memory or disk are full, or no measurement was better than the
             untrained model; the message says what was kept.
         TrainingStoppedError: stopped before there was an expert.
@@ -102,18 +105,20 @@ def train_expert(
     Source: Diffusion-DPO (arXiv 2311.12908) with AlignGuard's recipe (arXiv 2412.10493); see methods §1.
     """
     events = events or TrainingEvents()
-    training = _prepare(checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts)
-    if resume:
-        _restore(training)
-    try:
-        _start(training, events)
-        stopped = _loop(training, events)
-    except StepError as error:
-        raise SafetyExpertsError(f"{error}; {_rescue(training)}") from error
-    finally:
-        for sink in events.sinks:
-            sink.close()
-    return _finish(training, stopped)
+    # Of several processes the first writes.
+    with only_writer(out_path) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
+        training = _prepare(checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts)
+        if resume:
+            _restore(training)
+        try:
+            _start(training, events)
+            stopped = _loop(training, events)
+        except StepError as error:
+            raise SafetyExpertsError(f"{error}; {_rescue(training)}") from error
+        finally:
+            for sink in events.sinks:
+                sink.close()
+        return _finish(training, stopped)
 
 
 @dataclass(frozen=True)

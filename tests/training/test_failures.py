@@ -13,6 +13,7 @@ import torch
 from safety_experts.commands import run as run_command
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
+from safety_experts.files import only_writer
 from safety_experts.tensor_file import read_tensors, write_tensors
 from safety_experts.training import trainer
 from safety_experts.training.events import TrainingEvents
@@ -208,3 +209,10 @@ def test_ctrl_c_saves_and_resume_goes_on_to_the_same_file(small, tmp_path):
     assert load_expert(out).info.trained.step == len(lines[-1]["records"]) and resume_path(out).exists()
     assert run_command([*small.command(out, *overrides), "--resume"]) == 0
     assert out.read_bytes() == straight
+
+
+def test_two_trainings_into_one_file_are_refused(small, tmp_path):
+    out = tmp_path / "a.safetensors"
+    with only_writer(out), pytest.raises(InputError, match=r"another process is working on .*a\.safetensors; wait"):
+        small.train(out, "steps=1")
+    assert list(tmp_path.iterdir()) == []
