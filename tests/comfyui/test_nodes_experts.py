@@ -270,7 +270,7 @@ class TestMerge:
         [
             (("hate", "self_harm"), {"weights": "1, x"}, "give one number an expert"),
             (("hate", "self_harm"), {"weights": "1"}, "1 weights for 2 experts"),
-            (("hate", "other_width"), {}, "only experts of one model family can be merged"),
+            (("hate", "other_width"), {}, "only LoRAs of one model family go together"),
             (("hate",), {"expert_name": "../out"}, "leaves the folder"),
         ],
     )
