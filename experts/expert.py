@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..tensor_file import tensor_bytes
 from .info import ExpertInfo, Parent, read_info
-from .keys import LoraParts, read_lora_keys
+from .keys import LoraTensors, read_lora_keys
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -133,7 +133,7 @@ class Expert:
         return f"Expert({self.name!r}, {len(self.layers)} layers, categories {self.categories})"
 
 
-def checked_layer(parts: LoraParts, module: str, source: str) -> LoraLayer:
+def checked_layer(parts: LoraTensors, module: str, source: str) -> LoraLayer:
     """Return the parts of a layer in a file as a layer.
 
     Raises:

@@ -68,7 +68,7 @@ _NATIVE_OTHER = {
 
 
 @dataclass(frozen=True)
-class LoraParts:
+class LoraTensors:
     """The tensors of one layer: down [r, in, …], up [out, r, …], and alpha as kohya counts it (scale alpha / r)."""
 
     down: Tensor
@@ -124,7 +124,7 @@ def has_second_encoder(keys: Iterable[str]) -> bool:
     return any(key.startswith("text_encoder_2.") for key in keys)
 
 
-def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, LoraParts]:
+def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> dict[str, LoraTensors]:
     """Sort LoRA tensors into layers by kohya module name.
 
     Args:
@@ -168,7 +168,7 @@ def read_lora_keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], s
             alpha = read_alpha(parts["alpha"], f"{source}: layer {module}")
         else:
             alpha = adapter.alpha(*origin[module], parts["down"].shape[0])
-        layers[module] = LoraParts(down, parts["up"], alpha)
+        layers[module] = LoraTensors(down, parts["up"], alpha)
     return layers
 
 

@@ -17,7 +17,7 @@ from .blocks import RankBlock, rank_blocks
 from .compatibility import check_one_model
 from .expert import Expert, LoraLayer
 from .info import ExpertInfo, Merged
-from .merge_methods import METHODS, LayerTask, MergeMethod, Part
+from .merge_methods import METHODS, Contribution, LayerTask, MergeMethod
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def merge_experts(
         parts = _parts(experts, expert_ids, chosen_weights, layer_name, device)
         counts = None
         if entry.needs_statistics and len(experts) > 1:
-            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts)
+            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts[0].layer.up)
         merged = entry.merge_layer(LayerTask(layer_name, parts, len(experts), values, counts))
         if merged.layer is not None:
             layers[layer_name] = LoraLayer(merged.layer.down.cpu(), merged.layer.up.cpu(), merged.layer.alpha)
@@ -139,19 +139,21 @@ def find_method(method: str) -> MergeMethod:
 
 def _parts(
     experts: Sequence[Expert], expert_ids: Sequence[str], weights: Sequence[float], name: str, device
-) -> list[Part]:
-    parts: list[Part] = []
+) -> list[Contribution]:
+    parts: list[Contribution] = []
     for index, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         layer = expert.layers.get(name)
         if layer is None:
             continue
         if device is not None and torch.device(device).type != "mps":  # which has no float64
             layer = LoraLayer(layer.down.to(device), layer.up.to(device), layer.alpha)
-        parts.append(Part(index, expert_ids[index], layer, weight))
+        parts.append(Contribution(index, expert_ids[index], layer, weight))
     return parts
 
 
-def _layer_counts(statistics: Mapping[str, Tensor], name: str, num_experts: int, parts: Sequence[Part]) -> Tensor:
+def _layer_counts(
+    statistics: Mapping[str, Tensor], name: str, num_experts: int, parts: Sequence[Contribution]
+) -> Tensor:
     up = parts[0].layer.up
     expected = [num_experts, up.shape[0]]
     if name not in statistics:

@@ -4,7 +4,7 @@ A new method is a function and an entry in its module's METHODS; a new module is
 """
 
 from . import concatenation, selection, singular, sparsification, sphere
-from .method import LayerTask, MergedLayer, MergeMethod, Parameter, Part
+from .method import Contribution, LayerTask, MergedLayer, MergeMethod, Parameter
 
 METHODS: dict[str, MergeMethod] = {
     method.name: method
@@ -12,4 +12,4 @@ METHODS: dict[str, MergeMethod] = {
     for method in module.METHODS
 }
 
-__all__ = ["METHODS", "LayerTask", "MergeMethod", "MergedLayer", "Parameter", "Part"]
+__all__ = ["METHODS", "LayerTask", "MergeMethod", "MergedLayer", "Parameter", "Contribution"]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .method import SCALE, LayerTask, MergedLayer, MergeMethod, Part
+from .method import SCALE, Contribution, LayerTask, MergedLayer, MergeMethod
 
 
-def concatenate(task: LayerTask, parts: Sequence[Part], coefficients: Sequence[float | Tensor]) -> MergedLayer:
+def concatenate(task: LayerTask, parts: Sequence[Contribution], coefficients: Sequence[float | Tensor]) -> MergedLayer:
     """Return Σ_k c_k · weight_k ΔW_k exactly; each part keeps its whole rank as a block.
 
     A single expert that nothing multiplies stays as it is, to the bit.

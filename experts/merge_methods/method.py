@@ -62,7 +62,7 @@ def density(default: float) -> Parameter:
 
 
 @dataclass(frozen=True)
-class Part:
+class Contribution:
     """What one expert brings to a layer. Methods see `weight · ΔW`, as if the expert had been trained that strong.
 
     Args:
@@ -90,12 +90,12 @@ class LayerTask:
     """One layer to merge: the parts of the experts that have it, in order, at least one."""
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[Contribution]
     num_experts: int
     parameters: Mapping[str, Any]
     counts: Tensor | None = None  # [num_experts, out] activation counts, for methods that need statistics
 
-    def generator(self, part: Part) -> torch.Generator:
+    def generator(self, part: Contribution) -> torch.Generator:
         """Return the random numbers of one expert in this layer, by the parameter `seed`, on the CPU."""
         text = repr((self.parameters["seed"], self.name, part.expert_id))
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))

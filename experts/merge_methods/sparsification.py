@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .method import SCALE, SEED, LayerTask, MergedLayer, MergeMethod, Parameter, Part, density
+from .method import SCALE, SEED, Contribution, LayerTask, MergedLayer, MergeMethod, Parameter, density
 from .truncation import TRUNCATION, finish_dense
 
 
@@ -50,7 +50,7 @@ def merge_della(task: LayerTask) -> MergedLayer:
             f"della: density {density:g} ± epsilon {epsilon:g} / 2 must stay above 0 and up to 1; lower epsilon"
         )
 
-    def drop(part: Part) -> Tensor:
+    def drop(part: Contribution) -> Tensor:
         delta = part.delta()
         probability = della_probabilities(delta, density, epsilon)
         return torch.where(_uniform(task, part, delta) < probability, delta / probability, 0.0)
@@ -86,24 +86,24 @@ def elect_and_average(deltas: Tensor) -> Tensor:
     return (deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
 
-def _add(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
+def _add(task: LayerTask, sparsify: Callable[[Contribution], Tensor]) -> MergedLayer:
     total = sparsify(task.parts[0])
     for part in task.parts[1:]:
         total += sparsify(part)
     return finish_dense(task, total * task.parameters["scale"])
 
 
-def _vote(task: LayerTask, sparsify: Callable[[Part], Tensor]) -> MergedLayer:
+def _vote(task: LayerTask, sparsify: Callable[[Contribution], Tensor]) -> MergedLayer:
     deltas = torch.stack([sparsify(part) for part in task.parts])
     return finish_dense(task, elect_and_average(deltas) * task.parameters["scale"])
 
 
-def _drop_at_random(task: LayerTask, part: Part) -> Tensor:
+def _drop_at_random(task: LayerTask, part: Contribution) -> Tensor:
     delta, density = part.delta(), task.parameters["density"]
     return torch.where(_uniform(task, part, delta) < density, delta / density, 0.0)
 
 
-def _uniform(task: LayerTask, part: Part, delta: Tensor) -> Tensor:
+def _uniform(task: LayerTask, part: Contribution, delta: Tensor) -> Tensor:
     return torch.rand(delta.shape, generator=task.generator(part)).to(delta.device)
 
 
