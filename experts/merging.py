@@ -78,7 +78,7 @@ def merge_experts(
         parts = _parts(experts, expert_ids, chosen_weights, layer_name, device)
         counts = None
         if entry.needs_statistics and len(experts) > 1:
-            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts[0].layer.up)
+            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts)
         merged = entry.merge_layer(LayerTask(layer_name, parts, len(experts), values, counts))
         if merged.layer is not None:
             layers[layer_name] = LoraLayer(merged.layer.down.cpu(), merged.layer.up.cpu(), merged.layer.alpha)
