@@ -6,6 +6,7 @@ The one reader of the pack: experts, base models, caches and training states are
 import contextlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,8 +152,11 @@ def _checked(path: str | os.PathLike) -> Iterator[safe_open]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"no such file: {path}; check the name") from error
     except (SafetensorError, OSError) as error:
+        # The library quotes what is in the header: texts of strangers, of any length.
+        known = re.match(r"Error while deserializing header: [A-Za-z ]+", str(error))
+        reason = known[0] if known else getattr(error, "strerror", None) or type(error).__name__
         raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}); copy it again, or convert it to safetensors"
+            f"{path} is truncated or not a safetensors file ({reason}); copy it again, or convert it to safetensors"
         ) from error
 
 
