@@ -58,6 +58,15 @@ def parse_json(text: str | bytes, where: str) -> Any:
     raise InputError(f"{where} is damaged ({problem}); use another copy")
 
 
+def _field_names(model: type[pydantic.BaseModel]) -> set[str]:
+    """Return the names of all fields of all models made from this one: other keys are the file's own words."""
+    names = set(model.model_fields)
+    for field in model.model_fields.values():
+        if isinstance(field.default, str):
+            names.add(field.default)  # the kind of an origin, which stands in a place's name
+    return names.union(*map(_field_names, model.__subclasses__()))
+
+
 def read_record(model: type[Record], values: object, where: str) -> Record:
     """Return values from a file as their model.
 
@@ -70,9 +79,10 @@ def read_record(model: type[Record], values: object, where: str) -> Record:
         raise InputError(f"{where} is damaged (nested too deep); use another copy") from None
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        name = printable(".".join(str(part) for part in first["loc"]), 100)
+        own = _field_names(FileRecord)
+        name = ".".join(str(part) if isinstance(part, int) or part in own else "…" for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise InputError(f"{where}: unknown field {name!r}; a newer version may know it, update the pack") from None
+            raise InputError(f"{where}: field {name!r} is not known; update the pack, or use another copy") from None
         if first["type"] == "missing":
             raise InputError(f"{where}: field {name!r} is missing; use another copy") from None
         # This one quotes the value.
