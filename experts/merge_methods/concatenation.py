@@ -52,21 +52,21 @@ METHODS = (
         name="linear",
         title="Weighted sum",
         paper_url="https://arxiv.org/abs/2212.04089",
-        summary="Adds the experts up, each with its weight. Ranks add up; one strength a category stays.",
+        summary="Adds the experts up, each with its weight. Ranks add up; one strength per category stays.",
         merge_layer=merge_linear,
     ),
     MergeMethod(
         name="average",
         title="Average",
         paper_url="https://arxiv.org/abs/2203.05482",
-        summary="The sum divided by the number of experts. Ranks add up; one strength a category stays.",
+        summary="The sum divided by the number of experts. Ranks add up; one strength per category stays.",
         merge_layer=merge_average,
     ),
     MergeMethod(
         name="task-arithmetic",
         title="Task arithmetic",
         paper_url="https://arxiv.org/abs/2212.04089",
-        summary="The sum times one scale. Ranks add up; one strength a category stays.",
+        summary="The sum times one scale. Ranks add up; one strength per category stays.",
         merge_layer=merge_task_arithmetic,
         parameters=(SCALE,),
     ),
@@ -76,7 +76,7 @@ METHODS = (
         paper_url="https://arxiv.org/abs/2310.02575",
         summary="Adds the experts up, each as strongly as pairs of a dataset ask for: one strength each is trained "
         "by the preference loss with the anchor on safe prompts. Our own; the paper learns merge coefficients too, by "
-        "another loss. Ranks add up; one strength a category stays.",
+        "another loss. Ranks add up; one strength per category stays.",
         merge_layer=merge_linear,
         needs_weights=True,
     ),

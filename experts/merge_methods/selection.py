@@ -85,7 +85,7 @@ METHODS = (
         title="Co-Merge",
         paper_url="https://arxiv.org/abs/2412.10493",
         summary="Takes each output row (or layer) from the expert that is most often the most active there. Ranks add "
-        "up; one strength a category stays. Our reading of the paper's figure; its code is not published.",
+        "up; one strength per category stays. Our reading of the paper's figure; its code is not published.",
         merge_layer=merge_by_activation,
         needs_statistics=True,
         parameters=(
