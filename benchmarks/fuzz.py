@@ -117,6 +117,7 @@ VALUES: tuple[Any, ...] = (
         "\ud800",
     ),
 )
+DATASET_VERBS = ("split", "leaks", "merge", "judge", "stats", "write", "nonsense")
 VERBS = (
     "inspect",
     "convert",
@@ -270,6 +271,8 @@ class World:
 
 def draw_case(world: World, seed: int) -> tuple[str, list[str]]:
     """Damage files of the working folder and return (verb, arguments) of one case."""
+    from safety_experts.commands import COMMANDS
+
     dice = random.Random(seed)
     world.refresh()
     verb = dice.choice(VERBS)
@@ -296,6 +299,7 @@ def draw_case(world: World, seed: int) -> tuple[str, list[str]]:
             damage(path, dice, world)
     out = ["--out", str(work / "made" / f"out{dice.randint(0, 1)}.safetensors")]
     names = [str(path) for path in files]
+    commands = [name for name in (*COMMANDS, "mrege", "--help") if name != "demo"]  # which takes minutes
     arguments = {
         "inspect": ["inspect", *names, *(["--json"] if dice.random() < 0.3 else [])],
         "convert": ["convert", *names, *out],
@@ -327,7 +331,7 @@ def draw_case(world: World, seed: int) -> tuple[str, list[str]]:
             "--out",
             str(work / "made"),
         ],
-        "any": [dice.choice(["dataset", "judge-train", "inspect", "merge", "review", "mrege", "--help"]), *names],
+        "any": [*dice.choice([[name] for name in commands] + [["dataset", name] for name in DATASET_VERBS]), *names],
     }[verb]
     if verb == "train":
         arguments += _train_options(dice, work)

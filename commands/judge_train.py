@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from .merge import check_out
+from .outputs import check_out
 from .progress import progress_bar
 
 HELP = "fit the judge q16 to two folders of your own pictures, or convert its published numbers"
