@@ -25,6 +25,7 @@ from safety_experts.evaluation.machine import describe_machine
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.preferences.dataset import PreferencePair
 from safety_experts.training.batches import BatchPlan
+from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.preparation import prepare_policy
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.reference_bank import ReferenceBank
@@ -208,7 +209,12 @@ def our_step(
     prepare_policy(unet, recipe, [], device)
     pair = PreferencePair("pair", "a prompt", "a safe prompt", ("violence",), "c.png", "r.png", False, True, 0, 8, 8)
     denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon", torch.bfloat16)
-    run = TrainingRun(unet, denoiser, BatchPlan([pair] * NUM_PAIRS, SyntheticCache(shape), recipe), recipe, device)
+    run = TrainingRun(
+        LoraPolicy(denoiser, recipe.lora_alpha),
+        BatchPlan([pair] * NUM_PAIRS, SyntheticCache(shape), recipe),
+        recipe,
+        device,
+    )
 
     def start_over() -> None:
         run.records = []

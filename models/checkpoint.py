@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ..checkpoint_id import CheckpointId
 from .denoiser import Denoiser, FlowError
 from .diffusers_folder import DiffusersFolder
 from .noise_schedule import Noise
@@ -34,6 +35,14 @@ class Checkpoint(Protocol):
     @property
     def name(self) -> str:
         """The file's or folder's name."""
+
+    @property
+    def id(self) -> CheckpointId:
+        """What files say of it that were drawn by it or trained on it."""
+
+    @property
+    def encoding_id(self) -> str:
+        """What its VAE and text encoders give is kept under; the same for models that encode alike."""
 
     @property
     def prediction_type(self) -> str:

@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-Conditions = Mapping[str, Tensor]  # name -> [b, ...], all rows aligned with the latents
+# name -> Tensor [b, ...], rows aligned with the latents; where they differ in length a list of b tensors or None
+Conditions = Mapping[str, Any]
 FlowError = Literal["velocity", "x0"]  # what flow models compare, see flow.py
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
 
@@ -25,6 +26,9 @@ class Denoiser(Protocol):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
+    def pure_noise(self, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the model sees of no picture at all; `add_noise` leaves a little of it at every timestep."""
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
@@ -39,6 +43,20 @@ class Denoiser(Protocol):
             conditions: 2b rows: those of the prompts, then those of the empty prompt.
             guidance: classifier-free, for models that are not distilled.
         """
+
+
+def conditions_on(device: torch.device | str, conditions: Conditions) -> Conditions:
+    """Return the conditions on a device, numbers in float32."""
+
+    def move(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        return value.to(device, torch.float32) if value.is_floating_point() else value.to(device)
+
+    return {
+        name: [move(row) for row in value] if isinstance(value, list) else move(value)
+        for name, value in conditions.items()
+    }
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
@@ -71,6 +89,9 @@ class UNetDenoiser:
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         signal, spread = self._coefficients(latents, timesteps)
         return signal * latents + spread * noise
+
+    def pure_noise(self, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from .clip_weights import ClipWeights
 from .denoiser import Denoiser, FlowError
@@ -57,6 +58,14 @@ class DiffusersFolder:
     @property
     def prediction_type(self) -> str:
         return self.noise.prediction_type
+
+    @property
+    def id(self) -> CheckpointId:
+        return CheckpointId(name=self.name, sha256=self.sha256, family=self.family)
+
+    @property
+    def encoding_id(self) -> str:
+        return self.sha256[:16]
 
     @property
     def sha256(self) -> str:

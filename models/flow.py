@@ -49,6 +49,9 @@ class FlowDenoiser(ABC):
         sigmas = self.sigmas(timesteps).view(-1, 1, 1, 1)
         return (1 - sigmas) * latents + sigmas * noise
 
+    def pure_noise(self, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise
+
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return latents if self.error == "x0" else noise - latents
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import sha256_of_file
 from ..models.checkpoint import Checkpoint
+from ..models.denoiser import Conditions
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from ..preferences.images import read_image
 from .buckets import fit_bucket
@@ -66,7 +67,7 @@ class PairCache:
         self.dataset, self.checkpoint = dataset, checkpoint
         self.device, self.dtype, self.resolution_px = device, dtype, resolution_px
         precision = str(dtype).removeprefix("torch.")
-        self.folder = Path(dataset.folder) / ".cache" / f"{checkpoint.sha256[:16]}-{precision}"
+        self.folder = Path(dataset.folder) / ".cache" / f"{checkpoint.encoding_id}-{precision}"
         self._latents = TensorStore(self.folder, "latents")
         self._text = TensorStore(self.folder, "text")
         self._image_keys: dict[Path, str] = {}
@@ -110,7 +111,7 @@ class PairCache:
 
     def encode_prompts(self, prompts: Iterable[str], *, on_progress: OnProgress) -> None:
         """Encode the prompts that are not yet in the cache."""
-        missing = sorted({prompt for prompt in prompts if f"{_prompt_key(prompt)}.hidden_states" not in self._text})
+        missing = sorted({prompt for prompt in prompts if not self._text.names(_prompt_key(prompt))})
         if not missing:
             return
         encoder = self.checkpoint.load_text_encoder(dtype=self.dtype, device=self.device)
@@ -119,7 +120,8 @@ class PairCache:
             conditions = encoder.encode_prompts(list(group))
             for index, prompt in enumerate(group):
                 for name, values in conditions.items():
-                    finished[f"{_prompt_key(prompt)}.{name}"] = values[index].cpu().clone()
+                    if (value := values[index]) is not None:
+                        finished[f"{_prompt_key(prompt)}.{name}"] = value.cpu().clone()
             done += len(group)
             if done % (PROMPTS_PER_PASS * PASSES_PER_SHARD) == 0 or done == len(missing):
                 self._text.add_shard(finished)
@@ -136,11 +138,20 @@ class PairCache:
             )
         return chosen, rejected
 
-    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the conditions of `prompts`, rows in their order: hidden_states [b, t, d] and, for SDXL, pooled."""
-        keys = [_prompt_key(prompt) for prompt in prompts]
-        names = [name for name in ("hidden_states", "pooled") if f"{keys[0]}.{name}" in self._text]
-        return {name: torch.stack([self._text[f"{key}.{name}"] for key in keys]) for name in names}
+    def conditions(self, prompts: Sequence[str]) -> Conditions:
+        """Return the conditions of `prompts`, rows in their order: say hidden_states [b, t, d], and pooled for SDXL."""
+        rows = {prompt: self._row(prompt) for prompt in set(prompts)}
+        names = sorted({name for row in rows.values() for name in row})
+        return {name: _stacked([rows[prompt].get(name) for prompt in prompts]) for name in names}
+
+    def _row(self, prompt: str) -> dict[str, Tensor]:
+        key = _prompt_key(prompt)
+        return {name: self._text[f"{key}.{name}"] for name in self._text.names(key)}
+
+
+def _stacked(rows: list[Tensor | None]) -> Tensor | list[Tensor | None]:
+    present = [row for row in rows if row is not None]
+    return torch.stack(present) if len({row.shape for row in present}) == 1 and len(present) == len(rows) else rows
 
 
 def _prompt_key(prompt: str) -> str:

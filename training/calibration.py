@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
 from ..models.checkpoint import Checkpoint
-from ..models.denoiser import Denoiser
+from ..models.denoiser import Denoiser, conditions_on
 from ..models.noise_schedule import NUM_TIMESTEPS
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from ..seeding import seeded_generator
@@ -108,8 +108,6 @@ def _predict(denoiser: Denoiser, cache: PairCache, pairs: Sequence[PreferencePai
         generator = seeded_generator(seed, "calibration", pair.id)
         noise[index] = torch.randn(latents.shape[1:], generator=generator)
         timesteps[index] = torch.randint(NUM_TIMESTEPS, (), generator=generator)
-    conditions = {
-        name: values.to(device, torch.float32) for name, values in cache.conditions([p.prompt for p in pairs]).items()
-    }
+    conditions = conditions_on(device, cache.conditions([pair.prompt for pair in pairs]))
     noisy = denoiser.add_noise(latents.to(device), noise.to(device), timesteps.to(device))
     denoiser.predict(noisy, timesteps.to(device), conditions)

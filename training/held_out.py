@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferencePair
 from ..seeding import seeded_generator
 from .batches import BatchPlan
 from .cache import PairCache
 from .objectives import anchor_loss, preference_metrics
+from .policy import Policy
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
 from .step_loss import predict, preference_loss
@@ -43,7 +43,7 @@ class HeldOut:
         self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // size)
 
     @torch.no_grad()
-    def measure(self, model: torch.nn.Module, denoiser: Denoiser, *, is_untrained: bool = False) -> dict[str, float]:
+    def measure(self, policy: Policy, *, is_untrained: bool = False) -> dict[str, float]:
         """Return the means over all draws: eval/loss, eval/rewards/…, eval/drift, eval/chosen_increase.
 
         eval/loss is the recipe's preference loss, or the denoising error of the chosen images where it has none (recipe
@@ -58,8 +58,7 @@ class HeldOut:
         chosen = reference = 0.0
         for number in range(self.num_batches):
             predicted = predict(
-                model,
-                denoiser,
+                policy,
                 self.plan.cache,
                 self.plan.batch(number),
                 self.device,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
@@ -30,8 +29,7 @@ def describe_training(
         trained_with=tuple(expert.as_parent() for expert in with_experts),
     )
     categories = [category] if category else sorted({name for pair in pairs for name in pair.categories})
-    base = CheckpointId(name=checkpoint.name, sha256=checkpoint.sha256, family=checkpoint.family)
-    return ExpertInfo(categories=tuple(categories), base_checkpoint=base, origin=trained)
+    return ExpertInfo(categories=tuple(categories), base_checkpoint=checkpoint.id, origin=trained)
 
 
 def identity_of(info: ExpertInfo) -> dict:
@@ -39,12 +37,14 @@ def identity_of(info: ExpertInfo) -> dict:
 
     Names of files say nothing, neither a model's nor a recipe's.
     """
-    trained = info.trained
+    trained, base = info.trained, info.base_checkpoint
     assert trained
+    parts = {"base_files": base.files, "base_patches": list(base.patches)} if base.files or base.patches else {}
     return {
         "recipe": {key: value for key, value in trained.recipe.items() if key != "name"},
         "dataset_fingerprint": trained.dataset_fingerprint,
-        "base_checkpoint": info.base_checkpoint.sha256,
+        "base_checkpoint": base.sha256,
+        **parts,
         "categories": list(info.categories),
         "trained_with": [parent.tensors_sha256 for parent in trained.trained_with],
     }

@@ -11,10 +11,10 @@ from ..devices import encoding_dtype
 from ..experts.expert import Expert
 from ..experts.in_weights import add_to_weights
 from ..models.checkpoint import Checkpoint
-from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferenceDataset, PreferencePair
 from .cache import PairCache
 from .lora import attach_lora
+from .policy import LoraPolicy
 from .processes import Processes
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
@@ -47,7 +47,9 @@ def open_bank(
         return None
     # Each process has its own rows of a batch, so nothing is gained by sharing a file.
     store = TensorStore(cache.folder, f"reference-{processes.rank}of{processes.count}")
-    origin = (dtype, recipe.flow_error, recipe.anchor_samples, [expert.tensors_sha256() for expert in with_experts])
+    experts = [expert.tensors_sha256() for expert in with_experts]
+    base = cache.checkpoint.id
+    origin = (base.sha256, base.files, base.patches, dtype, recipe.flow_error, recipe.anchor_samples, experts)
     return ReferenceBank(repr(origin), store)
 
 
@@ -68,8 +70,8 @@ def load_policy(
     with_experts: Sequence[Expert],
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[nn.Module, Denoiser]:
-    """Return the model, with these experts as part of it and a fresh LoRA, and its denoiser.
+) -> LoraPolicy:
+    """Return the checkpoint's model with these experts as part of it and a fresh LoRA: a PolicyLoader.
 
     Raises:
         InputError: an expert belongs to another model.
@@ -77,7 +79,7 @@ def load_policy(
     model = checkpoint.load_model(dtype=dtype, device=device)
     prepare_policy(model, recipe, with_experts, device)
     autocast_dtype = dtype if dtype != torch.float32 else None
-    return model, checkpoint.make_denoiser(model, autocast_dtype, recipe.flow_error)
+    return LoraPolicy(checkpoint.make_denoiser(model, autocast_dtype, recipe.flow_error), recipe.lora_alpha)
 
 
 def prepare_policy(model: Any, recipe: Recipe, with_experts: Sequence[Expert], device: torch.device) -> None:

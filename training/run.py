@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, SafetyExpertsError
-from ..models.denoiser import Denoiser
 from .batches import BatchPlan
 from .beta import beta_at
 from .held_out import HeldOut
-from .lora import lora_parameters
 from .memory import REMEDY, is_out_of_memory
+from .policy import Policy
 from .processes import Processes
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
@@ -46,10 +45,7 @@ def learning_rate_at(recipe: Recipe, step: int) -> float:
 
 
 class TrainingRun:
-    """Takes optimizer steps on a model that carries a LoRA (see lora.attach_lora).
-
-    Args:
-        parameters: what to train by name, where that is not the LoRA's own weights.
+    """Takes optimizer steps on a policy's parameters.
 
     Attributes:
         step: optimizer steps taken.
@@ -61,22 +57,20 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: nn.Module,
-        denoiser: Denoiser,
+        policy: Policy,
         plan: BatchPlan,
         recipe: Recipe,
         device: torch.device,
         processes: Processes | None = None,
         held_out: HeldOut | None = None,
         bank: ReferenceBank | None = None,
-        parameters: Mapping[str, nn.Parameter] | None = None,
     ):
-        self.model, self.denoiser, self.plan, self.recipe, self.device = model, denoiser, plan, recipe, device
+        self.policy, self.plan, self.recipe, self.device = policy, plan, recipe, device
         self.processes = processes or Processes()
         self.processes.check(recipe)
         self.held_out = held_out
         self.bank = bank
-        self.parameters = lora_parameters(model) if parameters is None else dict(parameters)
+        self.parameters = policy.parameters
         if not self.parameters:
             raise InputError(f"the model has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
@@ -131,7 +125,7 @@ class TrainingRun:
         In float16 the loss is scaled up, so that small gradients do not vanish. Where that overflows, the scale is
         halved and the same step computed again: no step is lost, and the scale is part of the step's metrics.
         """
-        is_half = self.denoiser.autocast_dtype is torch.float16
+        is_half = self.policy.denoiser.autocast_dtype is torch.float16
         last = self.records[-1] if self.records else {}
         scale = last.get("loss_scale", _FIRST_LOSS_SCALE) if is_half else 1.0
         totals = self._scaled_gradients(scale, should_stop)
@@ -158,7 +152,7 @@ class TrainingRun:
             number = self.step * recipe.accumulation_steps + micro
             batch, anchor_weight = self.processes.share(self.plan.batch(number)), recipe.anchor_weight_at(number)
             loss, metrics = batch_loss(
-                self.model, self.denoiser, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight
+                self.policy, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight
             )
             metrics = self.processes.mean(metrics, self.device)
             self._check_finite("loss", metrics["loss"])
@@ -182,7 +176,7 @@ class TrainingRun:
 
     def _measure(self, held_out: HeldOut) -> dict[str, float]:
         with self.weights(self.average):
-            measured = held_out.measure(self.model, self.denoiser)
+            measured = held_out.measure(self.policy)
         if measured["eval/loss"] < self._best_loss and not passed_limit(measured, self.recipe):
             self.best_step = self.step
             self.best = {name: value.clone() for name, value in self.average.items()}
@@ -197,7 +191,7 @@ class TrainingRun:
     def _measure_untrained(self) -> None:
         """Measure the model without its LoRA, once: the same draws as every measurement, and its reference is kept."""
         if self.held_out and not self.untrained:
-            self.untrained = self.held_out.measure(self.model, self.denoiser, is_untrained=True)
+            self.untrained = self.held_out.measure(self.policy, is_untrained=True)
 
     @property
     def stop_reason(self) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from ..models.checkpoint import Checkpoint
+from ..models.denoiser import conditions_on
 from ..preferences.dataset import PreferencePair
 from ..seeding import seeded_generator
 from .cache import PairCache
@@ -38,10 +39,10 @@ class SampleDrawer:
     def draw(self, run: "TrainingRun", step: int) -> Samples:
         """Draw with the averaged weights of `run`, which afterwards is as it was."""
         conditions = self.cache.conditions([*self.prompts, *[""] * len(self.prompts)])
-        conditions = {name: value.to(self.device, torch.float32) for name, value in conditions.items()}
+        conditions = conditions_on(self.device, conditions)
         noise = torch.randn(self.shape, generator=seeded_generator(run.recipe.seed, "samples"))
-        noise = noise.to(self.device).expand(len(self.prompts), -1, -1, -1)
+        noise = noise.to(self.device).expand(len(self.prompts), *self.shape)
         with run.weights(run.average):
-            latents = run.denoiser.sample(noise, conditions)
+            latents = run.policy.denoiser.sample(noise, conditions)
         vae = self.checkpoint.load_vae(device=self.device)
         return Samples(step, dict(zip(self.prompts, vae.decode_images(latents), strict=True)))

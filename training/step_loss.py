@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.denoiser import Denoiser
+from ..models.denoiser import conditions_on
 from .batches import Batch
 from .cache import PairCache
-from .lora import adapter_off
 from .objectives import (
     OBJECTIVES,
     PairPredictions,
@@ -17,6 +16,7 @@ from .objectives import (
     preference_metrics,
     preserve_winner,
 )
+from .policy import Policy
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
 
@@ -33,8 +33,7 @@ class Predictions:
 
 
 def predict(
-    model: nn.Module,
-    denoiser: Denoiser,
+    policy: Policy,
     cache: PairCache,
     batch: Batch,
     device: torch.device,
@@ -61,28 +60,29 @@ def predict(
         prompts += [""] * size if is_noise else batch.anchor_prompts
     all_latents, all_noise, all_timesteps = torch.cat(latents), torch.cat(noise), torch.cat(timesteps)
     x, eps, t = all_latents.to(device), all_noise.to(device), all_timesteps.to(device)
-    conditions = {name: value.to(device, torch.float32) for name, value in cache.conditions(prompts).items()}
+    conditions = conditions_on(device, cache.conditions(prompts))
+    denoiser = policy.denoiser
     noisy, target = denoiser.add_noise(x, eps, t), denoiser.target(x, eps, t)
     if anchor == "noise":
-        noisy[2 * size :] = eps[2 * size :]  # the schedule's last step still holds a little signal
+        noisy[2 * size :] = denoiser.pure_noise(eps[2 * size :], t[2 * size :])
 
     def predict_reference() -> Tensor:
-        with torch.no_grad(), adapter_off(model):
+        with torch.no_grad(), policy.reference():
             return denoiser.predict(noisy, t, conditions)
 
     if bank:
         reference = bank.predict(all_latents, all_noise, all_timesteps, prompts, predict_reference).to(device)
     else:
         reference = predict_reference()
-    policy = reference if is_untrained else denoiser.predict(noisy, t, conditions)
+    predicted = reference if is_untrained else denoiser.predict(noisy, t, conditions)
     flags = batch.chosen_unsafe.to(device), batch.rejected_unsafe.to(device)
-    policy_chosen, policy_rejected = policy.split(size)[:2]
+    policy_chosen, policy_rejected = predicted.split(size)[:2]
     reference_chosen, reference_rejected = reference.split(size)[:2]
     target_chosen, target_rejected = target.split(size)[:2]
     pairs = PairPredictions(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, target_chosen, target_rejected, *flags
     )
-    return Predictions(pairs, policy[2 * size :], reference[2 * size :])
+    return Predictions(pairs, predicted[2 * size :], reference[2 * size :])
 
 
 def preference_loss(predictions: PairPredictions, recipe: Recipe) -> Tensor:
@@ -102,8 +102,7 @@ def drift(predictions: PairPredictions) -> Tensor:
 
 
 def batch_loss(
-    model: nn.Module,
-    denoiser: Denoiser,
+    policy: Policy,
     cache: PairCache,
     batch: Batch,
     recipe: Recipe,
@@ -121,7 +120,7 @@ def batch_loss(
     """
     weight = recipe.anchor_weight if anchor_weight is None else anchor_weight
     anchor = recipe.anchor_samples if weight else None
-    predicted = predict(model, denoiser, cache, batch, device, anchor=anchor, bank=bank)
+    predicted = predict(policy, cache, batch, device, anchor=anchor, bank=bank)
     pairs = predicted.pairs
     if recipe.winner_preserving is not None:
         pairs = preserve_winner(pairs, recipe.winner_preserving)

@@ -21,6 +21,7 @@ from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
 from .lora import ADAPTER, lora_modules
+from .policy import LoraPolicy
 from .preparation import encode_dataset, load_policy
 from .recipe import Recipe
 from .run import TrainingRun
@@ -64,11 +65,12 @@ def fit_strengths(
     dtype = compute_dtype(target, recipe.precision)
     pairs = dataset.training_pairs(rule=recipe.pairs)
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
-    model, denoiser = load_policy(checkpoint, recipe, (), target, dtype)
+    denoiser = load_policy(checkpoint, recipe, (), target, dtype).denoiser
     strengths = nn.Parameter(torch.ones(len(experts), device=target))
-    _attach(model, experts, strengths)
+    _attach(denoiser.model, experts, strengths)
     plan = BatchPlan(pairs, cache, recipe)
-    run = TrainingRun(model, denoiser, plan, recipe, target, parameters={"strengths": strengths})
+    policy = LoraPolicy(denoiser, recipe.lora_alpha, {"strengths": strengths})
+    run = TrainingRun(policy, plan, recipe, target)
     while run.step < recipe.steps and run.take_step(should_stop or (lambda: False)) is not None:
         if on_step:
             on_step(run.step, recipe.steps)

@@ -25,6 +25,7 @@ class TensorStore:
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
         self._readers: dict[str, TensorFile] = {}
+        self._names: dict[str, list[str]] = {}
         self._next_shard = 0
         for cache_folder in (folder.parent, folder):
             refuse_link(cache_folder)  # a dataset's cache comes with the dataset, from whoever made it
@@ -39,7 +40,15 @@ class TensorStore:
     def _open(self, path: Path) -> None:
         reader = TensorFile(path)
         self._readers.update(dict.fromkeys(reader, reader))
+        for key in reader:
+            whole, _, name = key.rpartition(".")
+            if name not in self._names.setdefault(whole, []):
+                self._names[whole].append(name)
         self._next_shard = int(path.stem.rsplit("-", 1)[1]) + 1
+
+    def names(self, key: str) -> list[str]:
+        """Return the names that tensors `<key>.<name>` are kept under."""
+        return self._names.get(key, [])
 
     def __contains__(self, key: str) -> bool:
         return key in self._readers

@@ -26,8 +26,8 @@ from .batches import BatchPlan
 from .events import StepRecord, TrainingEvents
 from .held_out import HeldOut, split_pairs
 from .identity import describe_training, identity_of
-from .lora import read_layers
 from .memory import memory_errors_explained
+from .policy import PolicyLoader
 from .preparation import encode_dataset, load_policy, open_bank
 from .processes import Processes
 from .recipe import Recipe
@@ -82,6 +82,7 @@ def train_expert(
     device: torch.device | str | None = None,
     with_experts: Sequence[Expert] = (),
     resume: bool = False,
+    policy_loader: PolicyLoader | None = None,
 ) -> TrainResult:
     """Train one expert and save it to `out_path` (kohya keys; see experts/expert_file.py).
 
@@ -94,6 +95,7 @@ def train_expert(
         with_experts: part of the model, frozen, in training and as its reference; the result is without them. By
             default nothing is attached, so that a style LoRA is trained apart from the experts it will be stacked on.
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
+        policy_loader: makes the model in training of a checkpoint; default is a LoRA on diffusers' model.
 
     Raises:
         InputError: dataset, checkpoint, recipe or resume state are unusable, or another process trains `out_path`; the
@@ -107,18 +109,21 @@ def train_expert(
     events = events or TrainingEvents()
     # Of several processes the first writes.
     with only_writer(out_path) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
-        training = _prepare(checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts)
-        if resume:
-            _restore(training)
+        training = _prepare(
+            checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts, policy_loader
+        )
         try:
+            if resume:
+                _restore(training)
             _start(training, events)
             stopped = _loop(training, events)
+            return _finish(training, stopped)
         except StepError as error:
             raise SafetyExpertsError(f"{error}; {_rescue(training)}") from error
         finally:
             for sink in events.sinks:
                 sink.close()
-        return _finish(training, stopped)
+            training.run.policy.close()
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ def _prepare(
     category: str | None,
     device: torch.device | str | None,
     with_experts: Sequence[Expert],
+    policy_loader: PolicyLoader | None,
 ) -> _Training:
     processes, target = Processes.from_launcher() if device is None else (Processes(), torch.device(device))
     processes.check(recipe)
@@ -161,11 +167,11 @@ def _prepare(
 
     with processes.main_first():
         cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, encoded)
-    model, denoiser = load_policy(checkpoint, recipe, with_experts, target, dtype)
+    policy = (policy_loader or load_policy)(checkpoint, recipe, with_experts, target, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
     held_out = HeldOut(set_aside, cache, recipe, target) if set_aside else None
     bank = open_bank(cache, recipe, with_experts, dtype, processes)
-    run = TrainingRun(model, denoiser, BatchPlan(trained_on, cache, recipe), recipe, target, processes, held_out, bank)
+    run = TrainingRun(policy, BatchPlan(trained_on, cache, recipe), recipe, target, processes, held_out, bank)
     info = describe_training(checkpoint, dataset, recipe, category, with_experts)
     return _Training(run, info, out_path, SampleDrawer(checkpoint, cache, (set_aside or trained_on)[0], target))
 
@@ -259,7 +265,7 @@ def _expert_of(training: _Training, step: int, *, finished: bool) -> Expert:
     assert training.info.trained
     changes = {"step": step, "metrics": metrics, "resumed_with": tuple(run.changes), "finished": finished}
     info = training.info.model_copy(update={"origin": training.info.trained.model_copy(update=changes)})
-    return Expert(read_layers(run.model, run.recipe.lora_alpha), info, training.out_path.stem)
+    return Expert(run.policy.read_layers(), info, training.out_path.stem)
 
 
 def _rescue(training: _Training) -> str:

@@ -4,6 +4,7 @@ from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.held_out import HeldOut, split_pairs
 from safety_experts.training.lora import attach_lora
+from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.run import TrainingRun
 from tiny_models import MemoryCache, make_pair, tiny_unet
@@ -37,6 +38,6 @@ def make_run(pairs):
         trained_on, set_aside = split_pairs(run_pairs or pairs, recipe)
         held_out = HeldOut(set_aside, cache, recipe, device) if set_aside else None
         plan = BatchPlan(trained_on, cache, recipe)
-        return TrainingRun(unet, denoiser, plan, recipe, device, held_out=held_out)
+        return TrainingRun(LoraPolicy(denoiser, recipe.lora_alpha), plan, recipe, device, held_out=held_out)
 
     return build

@@ -57,8 +57,9 @@ def fail_at(monkeypatch):
 
     def fail_at(step: int, how: str) -> None:
         def load(*arguments):
-            unet, denoiser = load_policy(*arguments)
-            return unet, FailingDenoiser(denoiser, step, how)
+            policy = load_policy(*arguments)
+            policy.denoiser = FailingDenoiser(policy.denoiser, step, how)
+            return policy
 
         monkeypatch.setattr(trainer, "load_policy", load)
 

@@ -41,8 +41,8 @@ def test_held_out_pairs_are_a_seeded_fraction_and_never_trained_on():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_untrained_model_measures_what_its_objective_says(make_run, name):
     run = make_run(**WATCHED, objective=name)
-    measured = run.held_out.measure(run.model, run.denoiser)
-    assert measured == run.held_out.measure(run.model, run.denoiser, is_untrained=True)
+    measured = run.held_out.measure(run.policy)
+    assert measured == run.held_out.measure(run.policy, is_untrained=True)
     expected = OBJECTIVES[name].untrained_loss(OBJECTIVES[name].parameters())
     if expected is not None:
         assert measured["eval/loss"] == pytest.approx(expected, abs=1e-6)
@@ -51,11 +51,11 @@ def test_the_untrained_model_measures_what_its_objective_says(make_run, name):
 
 def test_the_model_without_its_lora_is_measured_whatever_the_lora_is(make_run):
     run = make_run(**WATCHED)
-    fresh = run.held_out.measure(run.model, run.denoiser, is_untrained=True)
+    fresh = run.held_out.measure(run.policy, is_untrained=True)
     for _ in range(3):
         run.take_step(lambda: False)
-    assert run.held_out.measure(run.model, run.denoiser)["eval/drift"] > 0
-    assert run.held_out.measure(run.model, run.denoiser, is_untrained=True) == fresh == run.untrained
+    assert run.held_out.measure(run.policy)["eval/drift"] > 0
+    assert run.held_out.measure(run.policy, is_untrained=True) == fresh == run.untrained
 
 
 def test_without_a_preference_loss_the_denoising_error_is_watched(make_run):
@@ -83,7 +83,7 @@ def test_patience_keeps_the_best_trained_weights_whatever_the_objective_starts_f
     assert measured[best] < run.untrained["eval/loss"]
     assert run.finish() == best
     assert any(value.any() for key, value in run.parameters.items() if key.endswith(".up"))
-    assert run.held_out.measure(run.model, run.denoiser)["eval/loss"] == pytest.approx(measured[best], rel=1e-4)
+    assert run.held_out.measure(run.policy)["eval/loss"] == pytest.approx(measured[best], rel=1e-4)
 
 
 def test_a_run_that_never_gets_better_ends_without_an_expert(make_run):
@@ -106,7 +106,7 @@ def test_drift_beyond_the_limit_ends_the_run(make_run):
     run = finish(make_run(**WATCHED, steps=100, learning_rate=2e-2, max_drift=1e-3))
     assert "passed max_drift" in run.stop_reason
     assert run.finish() < run.step
-    assert run.held_out.measure(run.model, run.denoiser)["eval/drift"] <= 1e-3
+    assert run.held_out.measure(run.policy)["eval/drift"] <= 1e-3
 
 
 def test_a_chosen_error_that_rises_over_the_references_ends_the_run(make_run):
@@ -117,7 +117,7 @@ def test_a_chosen_error_that_rises_over_the_references_ends_the_run(make_run):
     run = finish(make_run(Bright(), wrong, **WATCHED, **options, rank=4, max_chosen_increase=0.03))
     assert re.fullmatch(r"chosen_increase 0\.\d+ passed max_chosen_increase", run.stop_reason)
     assert run.finish() < run.step < 100
-    assert run.held_out.measure(run.model, run.denoiser)["eval/chosen_increase"] <= 0.03
+    assert run.held_out.measure(run.policy)["eval/chosen_increase"] <= 0.03
 
 
 def test_the_chosen_increase_is_the_ratio_of_the_errors(make_run):
@@ -129,14 +129,14 @@ def test_the_chosen_increase_is_the_ratio_of_the_errors(make_run):
     for number in range(run.held_out.num_batches):
         batch = plan.batch(number)
         conditions = plan.cache.conditions(batch.prompts)
-        noisy = run.denoiser.add_noise(batch.chosen, batch.noise, batch.timesteps)
+        noisy = run.policy.denoiser.add_noise(batch.chosen, batch.noise, batch.timesteps)
         with torch.no_grad():
-            policy = run.denoiser.predict(noisy, batch.timesteps, conditions)
-            with adapter_off(run.model):
-                reference = run.denoiser.predict(noisy, batch.timesteps, conditions)
+            policy = run.policy.denoiser.predict(noisy, batch.timesteps, conditions)
+            with adapter_off(run.policy.model):
+                reference = run.policy.denoiser.predict(noisy, batch.timesteps, conditions)
         errors["policy"] += (policy - batch.noise).square().mean().item()
         errors["reference"] += (reference - batch.noise).square().mean().item()
-    measured = run.held_out.measure(run.model, run.denoiser)["eval/chosen_increase"]
+    measured = run.held_out.measure(run.policy)["eval/chosen_increase"]
     assert measured == pytest.approx(errors["policy"] / errors["reference"] - 1, abs=1e-5)
     assert measured != 0 and recipe.caption_dropout_fraction == 0
 

@@ -12,6 +12,7 @@ from safety_experts.errors import InputError
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.lora import attach_lora
+from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.processes import Processes
 from safety_experts.training.recipe import Recipe
 from safety_experts.training.run import TrainingRun
@@ -28,7 +29,7 @@ def train_and_save(processes: Processes, path: Path) -> None:
     attach_lora(unet, recipe)
     denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
     plan = BatchPlan([make_pair(number) for number in range(6)], MemoryCache(), recipe)
-    run = TrainingRun(unet, denoiser, plan, recipe, torch.device("cpu"), processes)
+    run = TrainingRun(LoraPolicy(denoiser, recipe.lora_alpha), plan, recipe, torch.device("cpu"), processes)
     while run.step < recipe.steps:
         run.take_step(lambda: False)
     tensors = {name: value.detach().contiguous() for name, value in run.parameters.items()}

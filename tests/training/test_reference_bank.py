@@ -32,10 +32,10 @@ def test_a_bank_changes_nothing_but_the_number_of_reference_runs(make_run, optio
     without = train(make_run(reference_epochs=1, **options))
     run = make_run(reference_epochs=1, **options)
     run.bank = ReferenceBank()
-    run.denoiser = CountingDenoiser(run.denoiser)
+    run.policy.denoiser = CountingDenoiser(run.policy.denoiser)
     with_bank = train(run)
     assert all(torch.equal(value, without[name]) for name, value in with_bank.items())
-    assert run.denoiser.num_reference == 3  # 6 pairs in batches of 2: one epoch of the two that were trained
+    assert run.policy.denoiser.num_reference == 3  # 6 pairs in batches of 2: one epoch of the two that were trained
 
 
 def test_draws_repeat_after_the_epochs_in_a_new_order(make_run):

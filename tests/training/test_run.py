@@ -7,6 +7,7 @@ from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.lora import adapter_off, attach_lora, lora_modules, lora_parameters, read_layers
+from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.recipe import Recipe, load_recipe, shipped_recipes
 from safety_experts.training.run import TrainingRun, learning_rate_at
 from safety_experts.training.run_state import restore_state, save_state
@@ -42,11 +43,11 @@ def test_a_fresh_expert_has_loss_ln_2(make_run):
 
 def test_every_target_layer_gets_a_lora_and_the_base_stays_bitwise(make_run):
     run = make_run()
-    before = {name: value.clone() for name, value in run.model.state_dict().items() if "lora_" not in name}
+    before = {name: value.clone() for name, value in run.policy.model.state_dict().items() if "lora_" not in name}
     train(run)
-    after = run.model.state_dict()
+    after = run.policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert len(lora_modules(run.model)) == 3 * 8  # three transformer blocks, attn1 and attn2, four layers each
+    assert len(lora_modules(run.policy.model)) == 3 * 8  # three transformer blocks, attn1 and attn2, four layers each
     assert any(value.abs().sum() > 0 for name, value in run.parameters.items() if name.endswith(".up"))
 
 
@@ -55,28 +56,28 @@ def test_with_the_adapter_off_the_unet_is_the_base_model(make_run):
     x, t, c = torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.randn(2, 3, 8)
     base = tiny_unet()(x, t, c).sample
     with torch.no_grad():
-        with adapter_off(run.model):
-            torch.testing.assert_close(run.model(x, t, c).sample, base, rtol=0, atol=0)
-        assert not torch.equal(run.model(x, t, c).sample, base)
+        with adapter_off(run.policy.model):
+            torch.testing.assert_close(run.policy.model(x, t, c).sample, base, rtol=0, atol=0)
+        assert not torch.equal(run.policy.model(x, t, c).sample, base)
 
 
 def test_the_adapter_comes_back_on_after_an_error(make_run):
     run = make_run()
-    with pytest.raises(RuntimeError), adapter_off(run.model):
+    with pytest.raises(RuntimeError), adapter_off(run.policy.model):
         raise RuntimeError
-    assert all(not module.disable_adapters for _, module in lora_modules(run.model))
-    assert all(value.requires_grad for value in lora_parameters(run.model).values())
+    assert all(not module.disable_adapters for _, module in lora_modules(run.policy.model))
+    assert all(value.requires_grad for value in lora_parameters(run.policy.model).values())
 
 
 def test_one_batch_of_4_equals_4_batches_of_1_accumulated(pairs, make_run):
     """The same draws in both: batch 4's are cut into four single pairs."""
     whole, single = make_run(batch_size=4, anchor_weight=10.0), make_run(batch_size=1, anchor_weight=10.0)
     batch = whole.plan.batch(0)
-    loss, _ = batch_loss(whole.model, whole.denoiser, whole.plan.cache, batch, whole.recipe, whole.device)
+    loss, _ = batch_loss(whole.policy, whole.plan.cache, batch, whole.recipe, whole.device)
     loss.backward()
     for i in range(4):
         part = type(batch)(**{name: value[i : i + 1] for name, value in vars(batch).items()})
-        loss, _ = batch_loss(single.model, single.denoiser, single.plan.cache, part, single.recipe, single.device)
+        loss, _ = batch_loss(single.policy, single.plan.cache, part, single.recipe, single.device)
         (loss / 4).backward()
     for name, value in whole.parameters.items():
         # beta 5000 multiplies the rounding of errors of about 1: a gradient is right to some 2500 x 1e-7 of its size.
@@ -164,8 +165,7 @@ def test_the_anchor_keeps_predictions_on_safe_prompts_closer_to_the_base(make_ru
         measured = [run.plan.batch(number) for number in range(100, 104)]
         recipe = run.recipe.model_copy(update={"anchor_weight": 1.0})
         return sum(
-            batch_loss(run.model, run.denoiser, run.plan.cache, batch, recipe, run.device)[1]["loss/anchor"]
-            for batch in measured
+            batch_loss(run.policy, run.plan.cache, batch, recipe, run.device)[1]["loss/anchor"] for batch in measured
         )
 
     assert drift(held) < drift(free) / 2
@@ -239,7 +239,9 @@ def test_every_shipped_recipe_takes_a_step(name, pairs):
     unet = tiny_unet()
     attach_lora(unet, recipe)
     denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
-    run = TrainingRun(unet, denoiser, BatchPlan(pairs, MemoryCache(), recipe), recipe, torch.device("cpu"))
+    run = TrainingRun(
+        LoraPolicy(denoiser, recipe.lora_alpha), BatchPlan(pairs, MemoryCache(), recipe), recipe, torch.device("cpu")
+    )
     before = weights_of(run)
     assert math.isfinite(run.take_step(go_on)["loss"])
     assert any(not torch.equal(value, before[key]) for key, value in weights_of(run).items())

@@ -17,6 +17,7 @@ from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
 from safety_experts.training.lora import attach_lora
+from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.recipe import Recipe, load_recipe
 from safety_experts.training.run import TrainingRun
 from safety_experts.training.strengths import _attach, fit_strengths
@@ -58,7 +59,7 @@ def test_the_strengths_alone_are_trained_and_move_down_the_gradient():
     before = {name: value.clone() for name, value in unet.state_dict().items() if "strengths" not in name}
     denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
     plan = BatchPlan([make_pair(number) for number in range(4)], MemoryCache(), recipe)
-    run = TrainingRun(unet, denoiser, plan, recipe, torch.device("cpu"), parameters={"strengths": strengths})
+    run = TrainingRun(LoraPolicy(denoiser, 1.0, {"strengths": strengths}), plan, recipe, torch.device("cpu"))
 
     def loss_at(values) -> float:
         with torch.no_grad():
