@@ -344,7 +344,7 @@ class Batch:
         self.latents = torch.cat(latents).to(dtype)
         self.noise = torch.cat([noise, noise]).to(dtype)
         self.timesteps = torch.tensor([333, 600, 333, 600])
-        self.rows = rows * 2
+        self.rows = {name: [row[name] for row in rows] * 2 for name in rows[0]}
 
 
 def loss_of(policy: NativePolicy, batch: Batch, reference: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ import logging
 
 from comfy_api.latest import io
 
+from ..errors import InputError
 from ..training.events import StepRecord, TrainingEvents
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
 from ..training.trainer import TrainingStoppedError, resume_path, train_expert
 from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
 from .launch import train_in_processes
+from .native.base import NativeBase, check_base
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +107,20 @@ class SafetyExpertsTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Share the work between this machine's first GPUs; batch_size must be a multiple.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Train on this MODEL, of any family, LoRAs on it included; `checkpoint` is not used then.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="The MODEL's text encoder; needed with a MODEL."),
+                io.Vae.Input("vae", optional=True, tooltip="The MODEL's VAE; needed with a MODEL."),
             ],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The expert's weights, for core's Load LoRA Model and Save LoRA."),
                 io.LossMap.Output("loss_map", tooltip="The loss of every step, for core's Plot Loss Graph."),
                 io.String.Output("expert_name", tooltip="The file's name in the loras folders."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -135,12 +145,18 @@ class SafetyExpertsTrain(io.ComfyNode):
         recipe=None,
         sample_every=0,
         processes=1,
+        model=None,
+        clip=None,
+        vae=None,
     ) -> io.NodeOutput:
         recipe = recipe or load_recipe(recipe_name)
         category = sockets.one_category(category, own_category)
         dataset.training_pairs(category)  # says at once when there are none of the category
         path = host.fresh_expert_path(expert_name)
-        checkpoint = host.open_checkpoint(base_models.find(checkpoint, dataset))
+        if model is not None:
+            checkpoint = native_base(model, clip, vae, dataset, processes, cls.hidden.unique_id)
+        else:
+            checkpoint = host.open_checkpoint(base_models.find(checkpoint, dataset))
         unfinished = resume_path(host.previous_expert_path(path))
         resume = resume and unfinished.exists()
         if resume:
@@ -169,7 +185,10 @@ class SafetyExpertsTrain(io.ComfyNode):
                 if processes > 1:
                     result = train_in_processes(processes, checkpoint, dataset, recipe, path, device=device, **options)
                 else:
-                    result = train_expert(checkpoint, dataset, recipe, path, device=device, **options)
+                    loader = checkpoint.load_policy if model is not None else None
+                    result = train_expert(
+                        checkpoint, dataset, recipe, path, device=device, policy_loader=loader, **options
+                    )
             except TrainingStoppedError:
                 progress.raise_cancel()
                 raise
@@ -184,3 +203,18 @@ class SafetyExpertsTrain(io.ComfyNode):
             )
         progress.raise_cancel()
         return io.NodeOutput(result.expert.state_dict(), {"loss": result.losses}, name)
+
+
+def native_base(model, clip, vae, dataset, processes: int, node_id: str) -> NativeBase:
+    """Return MODEL, CLIP and VAE as the base of a training; says where the dataset was drawn by another model.
+
+    Raises:
+        InputError: they cannot be trained on, or the dataset's model draws in other latents.
+    """
+    if processes > 1:
+        raise InputError("a connected MODEL trains in one process: set processes to 1, or disconnect it")
+    base = NativeBase(model, clip, vae)
+    if note := check_base(base, dataset):
+        logger.warning("%s", note)
+        host.tell(node_id, note, "warn")
+    return base

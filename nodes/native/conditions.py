@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...models.denoiser import Conditions
 
 CROSS = "cross_attn"
 Row = Mapping[str, Tensor]  # name -> [...], without the batch axis
@@ -34,6 +35,14 @@ def encode_rows(clip, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     return rows
 
 
+def rows_of(conditions: Conditions, count: int) -> list[dict[str, Tensor]]:
+    """Return the rows of a batch's conditions (models/denoiser.py), without the names that a row has not."""
+    return [
+        {name: values[index] for name, values in conditions.items() if values[index] is not None}
+        for index in range(count)
+    ]
+
+
 def condition_of(row: Row) -> list:
     """Return a row as a CONDITIONING of one entry, as CLIPTextEncode gives it."""
     options = {name: value[None] for name, value in row.items() if name != CROSS}
@@ -54,14 +63,11 @@ def group_rows(model, noisy: Tensor, rows: Sequence[Row]) -> list[Group]:
     Args:
         model: BaseModel.
         noisy: [b, …]; models take sizes from it.
-        rows: b; the same object for the same prompt, which is then built once.
+        rows: b of them.
     """
-    built: dict[int, dict[str, Any]] = {}
     groups: list[tuple[list[int], list[dict]]] = []
     for index, row in enumerate(rows):
-        if id(row) not in built:
-            built[id(row)] = _build(model, noisy[:1], row)
-        condition = built[id(row)]
+        condition = _build(model, noisy[:1], row)
         for indices, conditions in groups:
             if _can_join(conditions[0], condition):
                 indices.append(index)

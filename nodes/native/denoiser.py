@@ -10,10 +10,10 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, FlowError
+from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError
 from ...models.noise_schedule import NUM_TIMESTEPS
 from . import block_checkpoint, kernels
-from .conditions import Row, condition_of, group_rows
+from .conditions import condition_of, group_rows, rows_of
 
 
 class NativeDenoiser:
@@ -71,8 +71,9 @@ class NativeDenoiser:
     def _compares_images(self) -> bool:
         return self.flow_error == "x0" and isinstance(self.sampling, comfy.model_sampling.CONST)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: list[Row]) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Return the network's output [b, …] float32; conditions are b rows, which may differ in length."""
+        rows = rows_of(conditions, len(noisy))
         sigmas = self.sigmas(timesteps)
         # A checkpointed block differentiates what it was given: something it is given has to ask for it.
         noisy = noisy.detach().requires_grad_(torch.is_grad_enabled())
@@ -82,7 +83,7 @@ class NativeDenoiser:
             block_checkpoint.checkpointed(self._blocks, kernels.training_mode),
             _raw_output(self.sampling, raw=not self._compares_images),
         ):
-            for group in group_rows(self.model, noisy, conditions):
+            for group in group_rows(self.model, noisy, rows):
                 whole = len(group.rows) == len(noisy)
                 out = self.model.apply_model(
                     noisy if whole else noisy[group.rows],
@@ -99,7 +100,7 @@ class NativeDenoiser:
     def sample(
         self,
         noise: Tensor,
-        conditions: list[Row],
+        conditions: Conditions,
         num_steps: int = SAMPLE_STEPS,
         guidance: float = SAMPLE_GUIDANCE,
     ) -> Tensor:
@@ -107,6 +108,7 @@ class NativeDenoiser:
         is_flow = isinstance(self.sampling, comfy.model_sampling.CONST)
         sampler, scheduler = ("euler", "simple") if is_flow else ("dpmpp_2m", "normal")
         cfg = 1.0 if _is_distilled(self.model) else guidance
+        rows = rows_of(conditions, 2 * len(noise))
         drawn = []
         for index, start in enumerate(noise.split(1)):
             latents = comfy.sample.sample(
@@ -116,8 +118,8 @@ class NativeDenoiser:
                 cfg,
                 sampler,
                 scheduler,
-                condition_of(conditions[index]),
-                condition_of(conditions[len(noise) + index]),
+                condition_of(rows[index]),
+                condition_of(rows[len(noise) + index]),
                 torch.zeros_like(start, device="cpu"),
                 disable_pbar=True,
                 seed=0,

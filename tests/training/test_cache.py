@@ -11,7 +11,7 @@ from safety_experts.training.cache import PairCache, read_pixels
 class CountingCheckpoint:
     """A checkpoint whose VAE averages 8x8 pixels and whose text encoder counts letters; both count their calls."""
 
-    sha256 = "0" * 64
+    encoding_id = "0" * 16
 
     def __init__(self):
         self.images_encoded = self.prompts_encoded = 0
@@ -91,7 +91,7 @@ def test_an_edited_image_is_encoded_again_and_the_others_are_not(dataset):
 
 def test_another_checkpoint_does_not_read_this_ones_cache(dataset):
     first, second = CountingCheckpoint(), CountingCheckpoint()
-    second.sha256 = "1" * 64
+    second.encoding_id = "1" * 16
     encode(cache_of(dataset, first))
     encode(cache_of(dataset, second))
     assert second.images_encoded == 10

@@ -115,7 +115,7 @@ def test_a_dataset_without_pairs_is_named(experts, tmp_path):
 class SmallCheckpoint:
     """A checkpoint whose VAE pools 8x8 pixels and whose text encoder counts letters, around the tiny UNet."""
 
-    sha256 = "0" * 64
+    encoding_id = "0" * 16
 
     def __init__(self, denoiser):
         self.denoiser = denoiser

@@ -259,7 +259,7 @@ def test_targets_choose_the_attention_layers():
 
 def test_half_precision_scales_its_loss_and_repeats_a_step_that_overflows(make_run):
     exact, half = make_run(beta=100.0), make_run(beta=100.0)
-    half.denoiser.autocast_dtype = torch.float16
+    half.policy.denoiser.autocast_dtype = torch.float16
     for _ in range(3):
         exact.take_step(go_on)
         half.take_step(go_on)
@@ -269,7 +269,7 @@ def test_half_precision_scales_its_loss_and_repeats_a_step_that_overflows(make_r
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=0.05)
 
     huge = make_run(beta=1e5)  # gradients of 2^16 times this do not fit in 16 bits
-    huge.denoiser.autocast_dtype = torch.float16
+    huge.policy.denoiser.autocast_dtype = torch.float16
     assert huge.take_step(go_on)["loss_scale"] < 2**16
     assert math.isfinite(huge.records[0]["grad_norm"])
     assert any(bool(value.any()) for name, value in huge.parameters.items() if name.endswith(".up"))
