@@ -153,6 +153,8 @@ def read_stored(path: Path) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: the image is missing; put it back, or drop its pair") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check its folder and its rights") from None
 
 
 def sync_file(path: str | os.PathLike) -> None:
@@ -263,6 +265,8 @@ def sha256_of_file(path: str | os.PathLike, *, follow_links: bool = True) -> str
                 digest.update(chunk)
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}; check the name") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; check its folder and its rights") from error
     return digest.hexdigest()
 
 

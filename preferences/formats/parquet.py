@@ -53,9 +53,9 @@ def read_rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> I
     Raises:
         InputError: a required column is missing, or the file is damaged.
     """
-    pyarrow, parquet = _pyarrow()
+    _, parquet = _pyarrow()
     for file_path in parquet_files(path):
-        with open_plain(file_path, follow_links=True) as file, _readable(file_path, pyarrow):
+        with open_plain(file_path, follow_links=True) as file, _readable(file_path):
             # A stream of each column instead of the whole: a row group may hold everything.
             table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
             names = table.schema_arrow.names
@@ -82,7 +82,7 @@ class RowGroups:
     """
 
     def __init__(self, path: Path, columns: Sequence[str], optional: Sequence[str] = ()):
-        self._pyarrow, parquet = _pyarrow()
+        _, parquet = _pyarrow()
         self._open_files = contextlib.ExitStack()
         self._groups: list[tuple[Path, Any, int, int]] = []  # (file, its reader, group in it, first row in it)
         self._first_rows: list[int] = []
@@ -91,7 +91,7 @@ class RowGroups:
         total = 0
         for file_path in parquet_files(path):
             file = self._open_files.enter_context(open_plain(file_path, follow_links=True))
-            with _readable(file_path, self._pyarrow):
+            with _readable(file_path):
                 table = parquet.ParquetFile(file)
                 names = table.schema_arrow.names
                 if missing := [name for name in columns if name not in names]:
@@ -120,14 +120,14 @@ class RowGroups:
         """Yield all rows without one column, which is not read."""
         columns = [column for column in self._columns if column != name]
         for path, table, group, _ in self._groups:
-            with _readable(path, self._pyarrow):
+            with _readable(path):
                 yield from table.read_row_group(group, columns=columns).to_pylist()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = bisect.bisect_right(self._first_rows, index) - 1
         if group not in self._read:
             path, table, number, _ = self._groups[group]
-            with _readable(path, self._pyarrow):
+            with _readable(path):
                 self._read[group] = table.read_row_group(number, columns=self._columns)
             if len(self._read) > 4:
                 self._read.popitem(last=False)
@@ -136,12 +136,12 @@ class RowGroups:
 
 
 @contextlib.contextmanager
-def _readable(path: Path, pyarrow: Any) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception:  # Arrow's own, OSError, and UnicodeDecodeError for damaged names
         raise InputError(f"{path}: is truncated or no parquet file; copy it again") from None
 
 

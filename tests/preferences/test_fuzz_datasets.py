@@ -1,4 +1,4 @@
-"""A small part of benchmarks/fuzz_datasets.py, which breaks a thousand."""
+"""A small part of benchmarks/fuzz_datasets.py, which breaks hundreds."""
 
 import os
 import runpy
