@@ -80,7 +80,7 @@ def read_record(model: type[Record], values: object, where: str) -> Record:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         own = _field_names(FileRecord)
-        name = ".".join(str(part) if isinstance(part, int) or part in own else "…" for part in first["loc"])
+        name = ".".join(str(part) if isinstance(part, int) or part in own else "…" for part in first["loc"][:8])
         if first["type"] == "extra_forbidden":
             raise InputError(f"{where}: field {name!r} is not known; update the pack, or use another copy") from None
         if first["type"] == "missing":

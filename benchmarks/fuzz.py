@@ -691,7 +691,9 @@ def judge(world: World, code: int | None, text: str, arguments: Sequence[str]) -
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
     if code and len(ours) != 1:
         return f"other: {len(ours)} error lines: {errors[-200:]}"
-    if MARKER in errors and not any(MARKER in word for word in arguments):
+    # A file's name is where something is wrong, and a recipe's words are its user's own.
+    told = errors.replace(f"/{MARKER}", "") if "error: recipe" not in errors else ""
+    if MARKER in told and not any(MARKER in word for word in arguments):
         return f"told a text: {errors[-200:]}"
     if "\x1b" in errors + printed:
         return "other: an escape sequence of a file on the terminal"

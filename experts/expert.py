@@ -165,6 +165,10 @@ def layer_problem(layer: LoraLayer) -> str | None:
         return f"has alpha {layer.alpha}, which is not finite{damaged}"
     if any(not tensor.is_meta and not torch.isfinite(tensor).all() for tensor in (down, up)):
         return "holds NaN or infinite numbers; use another copy, or train again with a lower learning rate or in fp32"
+    if not down.is_meta:
+        largest = abs(layer.alpha) * float(down.abs().max()) * float(up.abs().max())  # alpha = scale · rank
+        if not largest < torch.finfo(torch.float32).max:
+            return "is too large: its change does not fit into 32 bits; use another copy, or smaller weights"
     return None
 
 
