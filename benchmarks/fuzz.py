@@ -8,6 +8,7 @@ into the result with its seed; `--only SEED` runs it again.
 
 import argparse
 import contextlib
+import copy
 import faulthandler
 import io
 import json
@@ -528,10 +529,10 @@ def _spoil_value(values: Any, dice: random.Random) -> None:
         if dice.random() < 0.2 and isinstance(place, dict):
             del place[key]
         else:
-            place[key] = dice.choice(VALUES)
+            place[key] = copy.deepcopy(dice.choice(VALUES))  # which is itself spoilt next
         return
     if isinstance(place, dict):
-        place[dice.choice(["name", "origin", "parents", "method", "x", MARKER])] = dice.choice(VALUES)
+        place[dice.choice(["name", "origin", "parents", "method", "x", MARKER])] = copy.deepcopy(dice.choice(VALUES))
 
 
 def _damage_text(path: Path, dice: random.Random) -> None:
@@ -866,7 +867,7 @@ def _spoil_graph(graph: dict[str, Any], dice: random.Random) -> None:
     values = [
         value for value in VALUES if value not in ("\ud800", 10**400) and value == value and value != float("inf")
     ]
-    inputs[key] = dice.choice([*texts, *values])
+    inputs[key] = copy.deepcopy(dice.choice([*texts, *values]))
     if dice.random() < 0.1:
         del inputs[key]
 

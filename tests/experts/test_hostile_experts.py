@@ -77,13 +77,17 @@ def test_nothing_is_saved_that_could_not_be_loaded(layers, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_that_overflow_in_a_merge_are_an_error(tmp_path):
-    path = tmp_path / "huge.safetensors"
-    save_file(tensors(down=torch.full((2, 5), 1e30), up=torch.full((6, 2), 1e30)), path)
-    huge = load_expert(path)
-    for method in ("ties", "svd", "karcher", "co-merge-weights"):
+def test_numbers_that_overflow_are_an_error_alone_and_in_a_merge(tmp_path):
+    huge, large = tmp_path / "huge.safetensors", tmp_path / "large.safetensors"
+    save_file(tensors(down=torch.full((2, 5), 1e30), up=torch.full((6, 2), 1e30)), huge)
+    with pytest.raises(InputError, match="does not fit into 32 bits"):
+        load_expert(huge)
+    save_file(tensors(down=torch.full((2, 5), 1e19), up=torch.full((6, 2), 1e19)), large)
+    expert = load_expert(large)
+    for method in ("linear", "ties", "svd", "karcher", "co-merge-weights"):
         with pytest.raises(SafetyExpertsError):
-            save_expert(merge_experts([huge, huge], method), tmp_path / "out.safetensors")
+            merged = merge_experts([expert, expert], method, weights=[1e10, 1e10])
+            save_expert(merged, tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
