@@ -36,18 +36,18 @@ class Parameter:
             parsed = kind(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
-                f"{method}: {self.name} must be {kind.__name__}, got {printable(str(value), 50)!r}"
+                f"{method}: {self.name} must be {kind.__name__}, got {printable(repr(value), 50)}"
             ) from error
         if self.choices and parsed not in self.choices:
             raise InputError(
-                f"{method}: {self.name} must be one of {', '.join(self.choices)}, got {printable(str(value), 50)!r}"
+                f"{method}: {self.name} must be one of {', '.join(self.choices)}, got {printable(repr(value), 50)}"
             )
         if isinstance(parsed, (int, float)):
             low = -math.inf if self.minimum is None else self.minimum
             high = math.inf if self.maximum is None else self.maximum
             if not low <= parsed <= high:
                 raise InputError(
-                    f"{method}: {self.name} must be from {low:g} to {high:g}, got {printable(str(value), 50)!r}"
+                    f"{method}: {self.name} must be from {low:g} to {high:g}, got {printable(repr(value), 50)}"
                 )
         return parsed
 
