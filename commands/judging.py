@@ -57,10 +57,17 @@ def _judge(arguments: argparse.Namespace) -> None:
     from ..devices import choose_device
     from ..evaluation.judging import judge_dataset
     from ..preferences.dataset import PreferenceDataset
+    from .stopping import stop_when_asked
 
     dataset = PreferenceDataset.open(arguments.folder)
-    with progress_bar("images", is_hidden=arguments.json) as show:
-        summary = judge_dataset(dataset, judges, device=str(choose_device(arguments.device)), on_progress=show)
+    with progress_bar("images", is_hidden=arguments.json) as show, stop_when_asked() as should_stop:
+        summary = judge_dataset(
+            dataset,
+            judges,
+            device=str(choose_device(arguments.device)),
+            on_progress=show,
+            should_stop=should_stop,
+        )
     print(json.dumps(summary.to_json()) if arguments.json else summary.to_text())
 
 
