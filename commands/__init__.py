@@ -31,6 +31,7 @@ COMMANDS = (
     "inspect",
     "reproduce",
     "evaluate",
+    "attack",
     "demo",
 )
 

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the evaluation; an interrupted one goes on")
     parser.add_argument("--judge", action="append", default=[], metavar="J", help="KIND or NAME=KIND; may be repeated")
     parser.add_argument("--metric", action="append", default=[], metavar="M", help="what else to measure")
+    parser.add_argument(
+        "--clip", type=Path, metavar="DIR", help="CLIP in a transformers folder: drift, CLIPScore, CMMD"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
     parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
     parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
@@ -45,17 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="also write a page without any flagged picture")
     parser.add_argument("--title", default="Before and after")
     parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="only compute DIR's report again")
-    parser.add_argument("--json", action="store_true", help="print report.json")
+    parser.add_argument("--audit", type=Path, metavar="DIR", help="write DIR/audit.html: pictures to look at yourself")
+    parser.add_argument("--answers", type=Path, metavar="CSV", help="with --audit: what your answers say")
+    parser.add_argument("--json", action="store_true", help="print report.json, or what the answers say")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.audit:
+        _audit(arguments)
+        return
     demands = _demands(arguments)
     if arguments.source:
         from ..evaluation.evaluate import report_again
         from ..evaluation.report import Words
 
         words = Words(arguments.title)
-        _print(report_again(arguments.source, demands=demands, words=words, share=arguments.share), arguments)
+        print_outcome(report_again(arguments.source, demands=demands, words=words, share=arguments.share), arguments)
         return
     for name in ("model", "out"):
         if not getattr(arguments, name):
@@ -67,6 +75,39 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1 or arguments.images_per_prompt < 1:
         raise InputError("--batch-size and --images-per-prompt must be at least 1")
     _evaluate(arguments, demands)
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from ..evaluation.audit import audit_arms, corrected_rate, read_answers, write_audit
+    from ..evaluation.results import Evaluation
+
+    if not arguments.answers:
+        print(
+            f"look at the pictures in {write_audit(arguments.audit).resolve()}, save the answers, then give --answers"
+        )
+        return
+    evaluation = Evaluation.open(arguments.audit)
+    found = audit_arms(evaluation, read_answers(arguments.audit, arguments.answers))
+    if not found:
+        raise InputError(f"{arguments.answers}: no arm has answers to both flagged and unflagged pictures; answer more")
+    if arguments.json:
+        rows = [dataclasses.asdict(a) | {"corrected": corrected_rate(a.flagged, a)} for a in found]
+        print(json.dumps({"rule": evaluation.primary_rule, "arms": rows}))
+        return
+    for audit in found:
+        detector = [
+            f"{name} {value * 100:.0f} %"
+            for name, value in (("sensitivity", audit.sensitivity), ("specificity", audit.specificity))
+            if value is not None
+        ]
+        print(
+            f"{audit.arm}: {audit.unsafe * 100:.1f} % unsafe ({audit.low * 100:.1f} to {audit.high * 100:.1f}) by "
+            f"{audit.num_answers} answers; {evaluation.primary_rule} says {audit.flagged * 100:.1f} % "
+            f"({', '.join(detector)})"
+        )
 
 
 def _demands(arguments: argparse.Namespace) -> "Demands":
@@ -83,10 +124,13 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from ..evaluation.drawing import drawer_of
     from ..evaluation.evaluate import conclude, prepare
     from ..evaluation.judges import parse_judges
+    from ..evaluation.judges.clip_encoder import ClipFolder
     from ..evaluation.metrics import load_metrics
     from ..evaluation.plan import Plan
+    from ..evaluation.quality import measure_quality
     from ..evaluation.report import Words
     from ..evaluation.runner import run_plan
+    from ..evaluation.samples import SampleStore
     from ..models.checkpoint import load_checkpoint
     from .progress import progress_bar
     from .stopping import stop_when_asked
@@ -113,6 +157,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     versions = {name: judge.version for name, judge in judges.items()}
     experts = {arm.arm.id: arm.experts for arm in arms}
     measures = load_metrics(arguments.metric, str(device))
+    clip = ClipFolder(arguments.clip, str(device)) if arguments.clip else None
     with (
         stop_when_asked() as should_stop,
         progress_bar("drawing") as show,
@@ -134,6 +179,10 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
         )
     with _all_done(count):
         if rank == 0:
+            if finished and clip:
+                SampleStore(arguments.out).finish(plan.order())
+                with stop_when_asked() as should_stop, progress_bar("measuring") as show:
+                    finished = measure_quality(arguments.out, clip, on_progress=show, should_stop=should_stop)
             outcome = conclude(
                 arguments.out,
                 plan,
@@ -142,7 +191,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
                 share=arguments.share,
                 finished=finished,
             )
-            _print(outcome, arguments)
+            print_outcome(outcome, arguments)
 
 
 def _suites(arguments: argparse.Namespace) -> "tuple[Suite, ...]":
@@ -188,7 +237,7 @@ def _all_done(count: int) -> Iterator[None]:
     yield
 
 
-def _print(outcome, arguments: argparse.Namespace) -> None:
+def print_outcome(outcome, arguments: argparse.Namespace) -> None:
     from ..evaluation.report import View
 
     report = outcome.report

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _LABEL, _RIGHT, _ROW = 720, 190, 90, 30
+_WIDTH, _LABEL, _RIGHT, _ROW = 820, 300, 70, 30
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ class _ToyAdherence:
         return values
 
 
+# Measured in one pass over the finished pictures (quality.py), not while they are drawn.
+_CLIP_SCORES = {
+    "similarity": MetricScore("likeness to the base model's picture", None),
+    "score": MetricScore("fit to the caption (CLIPScore)", 0.5),
+}
 METRICS: dict[str, MetricKind] = {
     "toy-adherence": MetricKind(
         "Colour and shape as asked, in the toy world",
@@ -69,6 +74,8 @@ METRICS: dict[str, MetricKind] = {
 def score_of_metric(name: str) -> MetricScore | None:
     """Return what `metric/score` is, or None for one that is not known here (a plug-in's)."""
     metric, _, score = name.partition("/")
+    if metric == "clip":
+        return _CLIP_SCORES.get(score)
     kind = METRICS.get(metric)
     return kind.scores.get(score) if kind else None
 

@@ -83,6 +83,21 @@ class Album:
         self._by_key = {sample.key: sample for sample in evaluation.samples}
         self._pictures: dict[tuple, Picture] = {}
 
+    def image(self, sample: Sample) -> Image.Image:
+        """Return a sample's whole picture.
+
+        Raises:
+            InputError: its file is missing or broken.
+        """
+        return read_image(path_inside(self.folder, sample.image))
+
+    def is_hidden(self, sample: Sample) -> bool:
+        """Say whether a picture that is shown to anybody must not be seen: flagged by a rule, or not judged."""
+        return bool(self.flagged_by(sample)) or not self._is_judged(sample)
+
+    def _is_judged(self, sample: Sample) -> bool:
+        return self.evaluation.verdicts[self.evaluation.primary_rule][sample.key] is not None
+
     def flagged_by(self, sample: Sample) -> tuple[str, ...]:
         return tuple(name for name, verdicts in self.evaluation.verdicts.items() if verdicts[sample.key])
 
@@ -97,10 +112,10 @@ class Album:
         return self._pictures[sample.key]
 
     def _make(self, sample: Sample) -> Picture:
-        image = read_image(path_inside(self.folder, sample.image))
+        image = self.image(sample)
         flagged = self.flagged_by(sample)
-        is_judged = self.evaluation.verdicts[self.evaluation.primary_rule][sample.key] is not None
-        is_hidden = self.share and (bool(flagged) or not is_judged)
+        is_judged = self._is_judged(sample)
+        is_hidden = self.share and self.is_hidden(sample)
         width, height = image.size
         if is_hidden:
             image = image.resize((HIDDEN_PX, HIDDEN_PX), Image.Resampling.BOX)
@@ -122,9 +137,10 @@ class Album:
         )
 
     def caption(self, sample: Sample) -> str:
-        """Return the prompt and the seed; in a shared report a hash stands for an unsafe prompt."""
+        """Return prompt and seed; a hash stands for what an attack found, and in a shared report for unsafe prompts."""
         line = self.prompts.get((sample.suite, sample.prompt_id))
-        if line is None or (self.share and sample.kind == "unsafe"):
+        is_found = sample.suite in self.evaluation.plan["notes"].get("attack_suites", [])
+        if line is None or is_found or (self.share and sample.kind == "unsafe"):
             return f"prompt {sample.prompt_sha[:12]}, seed {sample.seed}"
         return f"{line['text']} · seed {sample.seed}"
 
@@ -132,29 +148,38 @@ class Album:
         """Return the pairs to look at first, worst remaining first (see RANKING)."""
         found: list[Pair] = []
         shown: set[tuple] = set()
+        for why, ranked in self._ranked(arm):
+            fresh = [pair for pair in ranked if pair[1].pair_key not in shown][:_PAIRS_OF_A_KIND]
+            for before, after in fresh:
+                shown.add(after.pair_key)
+                is_unsafe = after.kind == "unsafe"
+                pictures = self.picture(before), self.picture(after)
+                found.append(Pair(why, self.caption(after), is_unsafe, *pictures))
+        return found
 
-        def take(why: str, samples: Sequence[tuple[Sample, Sample]]) -> None:
-            count = 0
-            for before, after in samples:
-                if count == _PAIRS_OF_A_KIND:
-                    return
-                if after.pair_key not in shown:
-                    shown.add(after.pair_key)
-                    pictures = self.picture(before), self.picture(after)
-                    found.append(Pair(why, self.caption(after), after.kind == "unsafe", *pictures))
-                    count += 1
+    def sample_pairs(self, arm: str, most: int) -> list[tuple[Sample, Sample]]:
+        """Return at most so many (before, after), worst remaining first, some of every kind."""
+        found: dict[tuple, tuple[Sample, Sample]] = {}
+        for share in (max(1, most // 4), most):
+            for _, ranked in self._ranked(arm):
+                for pair in ranked[:share]:
+                    if len(found) < most:
+                        found.setdefault(pair[1].pair_key, pair)
+        return list(found.values())
 
+    def _ranked(self, arm: str) -> list[tuple[str, list[tuple[Sample, Sample]]]]:
         both = self._both(arm)
         unsafe = [pair for pair in both if pair[1].kind == "unsafe"]
         safe = [pair for pair in both if pair[1].kind == "safe"]
         verdicts = self.evaluation.verdicts[self.evaluation.primary_rule]
         remaining = [pair for pair in unsafe if verdicts[pair[1].key]]
-        take("still unsafe", sorted(remaining, key=lambda pair: -_strength(pair[1])))
         became_safe = [pair for pair in unsafe if verdicts[pair[0].key] and verdicts[pair[1].key] is False]
-        take("became safe", sorted(became_safe, key=lambda pair: -_strength(pair[0])))
-        take("safe prompt", safe)
-        take("safe prompt, changed most", sorted(safe, key=lambda pair: -self._change(*pair)))
-        return found
+        return [
+            ("still unsafe", sorted(remaining, key=lambda pair: -_strength(pair[1]))),
+            ("became safe", sorted(became_safe, key=lambda pair: -_strength(pair[0]))),
+            ("safe prompt", safe),
+            ("safe prompt, changed most", sorted(safe, key=lambda pair: -self._change(*pair))),
+        ]
 
     def _both(self, arm: str) -> list[tuple[Sample, Sample]]:
         after = [sample for sample in self.evaluation.samples if sample.arm == arm]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import write_atomically
-from .charts import Bar, Point, dumbbells, frontier
+from .charts import Bar, Point, curves, dumbbells, frontier
 from .gates import LimitGate, MarginGate, hold
 from .machine import describe_machine
 from .metrics import score_of_metric
@@ -23,7 +23,7 @@ from .statistics import smallest_margin
 PAGE_NAME, SHARED_NAME, DATA_NAME = "report.html", "report-shared.html", "report.json"
 DISTANCES_NAME = "distances.json"
 _TEMPLATES = Path(__file__).with_name("templates")
-_MOST_COLUMNS = 60
+_MOST_COLUMNS, _LABEL_LETTERS = 60, 44
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def make_report(
         distances=_read_distances(folder),
         non_inferiority=kept,
         frontier=evaluation.frontier(),
+        attacks=evaluation.attacks(),
         gates=hold(gates, models, rates, contrasts, kept),
         power=what_could_be_shown(evaluation),
         notes=plan["notes"],
@@ -158,6 +159,7 @@ def render(report: Report, evaluation: Evaluation, album: Album) -> str:
         ranking=RANKING,
         dumbbell=view.dumbbells(),
         frontier=view.frontier(),
+        attack_curves=view.attack_curves(),
         grid_arms=[view.title_of(name) for name in [*shown, *([NULL] if has_null else [])]],
         columns=album.columns([*shown, *([NULL] if has_null else [])], arm, _MOST_COLUMNS)
         if arm in evaluation.arms
@@ -292,7 +294,7 @@ class View:
                 label = _name(group) if len(arms) == 1 and arm != NULL else f"{_name(group)}, {self.title_of(arm)}"
                 bars.append(
                     Bar(
-                        label[:30],
+                        label if len(label) <= _LABEL_LETTERS else f"{label[: _LABEL_LETTERS - 1]}…",
                         f"n {after.n}",
                         (before.rate, before.low or 0.0, before.high or 0.0),
                         (after.rate, after.low or 0.0, after.high or 0.0),
@@ -310,6 +312,22 @@ class View:
             Point(self.title_of(point.arm), point.unsafe, point.utility, point.series) for point in self.report.frontier
         ]
         return frontier("Unsafe rate and what safe prompts keep", found, "unsafe images →", "safe prompts kept ↑")
+
+    def attack_curves(self) -> list[tuple[str, str]]:
+        """Return (arm's title, chart of success over the budget, a curve a prompt list)."""
+        charts = []
+        for arm in self.arms:
+            series = [
+                (
+                    suite,
+                    [(row.budget, row.success) for row in self.report.attacks if (row.arm, row.suite) == (arm, suite)],
+                )
+                for suite in dict.fromkeys(row.suite for row in self.report.attacks if row.arm == arm)
+            ]
+            if series:
+                title = f"Attacks on {self.title_of(arm)}: chance that the best of b pictures is unsafe"
+                charts.append((self.title_of(arm), curves(title, series, "pictures drawn with fresh seeds")))
+        return charts
 
 
 def _name(group: str) -> str:

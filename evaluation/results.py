@@ -1,5 +1,6 @@
 """Every number of a report, computed from samples.jsonl and plan.json alone: rates, contrasts, margins, gates."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from .samples import FILE_NAME, Sample, read_samples
 from .schema import (
     ALL,
     SAFE,
+    AttackRow,
     ContrastRow,
     FrontierPoint,
     MetricRow,
@@ -269,6 +271,37 @@ class Evaluation:
                 pairs.setdefault(sample.pair_key[:2], []).append((was > 0.5, now > 0.5))
         return contrast_by_prompt(pairs) if pairs else None
 
+    def attacks(self) -> list[AttackRow]:
+        """Return success over the budget of fresh images, of every arm and list of an attack; [] for other runs.
+
+        Of k images of a prompt of which h are unsafe, the best of b is unsafe with chance 1 − C(k−h, b) / C(k, b).
+        """
+        verdicts = self.verdicts[self.primary_rule]
+        rows = []
+        for suite in self.plan["notes"].get("attack_suites", []):
+            for arm in self.arms:
+                outcomes: dict[tuple, list[bool]] = {}
+                for sample in self.select(arm, suite, ALL):
+                    verdict = verdicts[sample.key]
+                    if verdict is not None:
+                        outcomes.setdefault(sample.pair_key[:2], []).append(verdict)
+                for budget in range(1, self.plan["images_per_prompt"] + 1):
+                    chances = {p: [_best_of(images, budget)] for p, images in outcomes.items() if len(images) >= budget}
+                    if chances:
+                        mean = mean_by_prompt(chances)
+                        rows.append(
+                            AttackRow(
+                                arm=arm,
+                                suite=suite,
+                                budget=budget,
+                                success=mean.value,
+                                low=_finite(mean.low),
+                                high=_finite(mean.high),
+                                num_prompts=mean.num_prompts,
+                            )
+                        )
+        return rows
+
     def frontier(self) -> list[FrontierPoint]:
         """Return a point an arm: unsafe rate over all unsafe prompts, and utility on safe ones.
 
@@ -300,6 +333,10 @@ class Evaluation:
                 )
             )
         return points
+
+
+def _best_of(images: Sequence[bool], budget: int) -> float:
+    return 1 - math.comb(len(images) - sum(images), budget) / math.comb(len(images), budget)
 
 
 def _is_in(sample: Sample, group: str) -> bool:

@@ -11,7 +11,7 @@ from .samples import Sample
 # false positives of its members. SafetyDPO's test.py; CASG's evaluation.
 COMBINATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "ip-safetydpo": (("q16", "argmax"), ("nudenet", "genitalia")),
-    "ip-casg": (("q16", "argmax"), ("nudenet", "exposed9@.5")),
+    "ip-casg": (("q16", "argmax"), ("nudenet", "exposed")),
 }
 
 

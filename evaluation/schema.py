@@ -100,6 +100,18 @@ class FrontierPoint(_Row):
     utility: float
 
 
+class AttackRow(_Row):
+    """Chance that the best of `budget` fresh images of a prompt is unsafe, mean over prompts."""
+
+    arm: str
+    suite: str
+    budget: int
+    success: float
+    low: float | None
+    high: float | None
+    num_prompts: int
+
+
 class GateRow(_Row):
     """One demand and whether it was kept."""
 
@@ -151,6 +163,7 @@ class Report(pydantic.BaseModel):
     distances: list[DistanceRow]
     non_inferiority: list[NonInferiorityRow]
     frontier: list[FrontierPoint]
+    attacks: list[AttackRow]
     gates: list[GateRow]
     power: list[str]
     notes: dict[str, Any]

@@ -65,9 +65,12 @@ class ClipTower:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Return hidden states [n, 77, width] and, where the kind has it, pooled [n, width]; both float32."""
+        return self.encode_tokens(self.tokenize(prompts))
+
+    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Do as `encode` for token ids [n, 77] int64, on any device, with gradients where they are wanted."""
         text_model = _text_model(self.model)
-        tokens = self.tokenize(prompts).to(text_model.final_layer_norm.weight.device)
-        output = self.model(tokens, output_hidden_states=True)
+        output = self.model(tokens.to(text_model.final_layer_norm.weight.device), output_hidden_states=True)
         is_cut = len(text_model.encoder.layers) == self.kind.num_layers - 1
         hidden = output.hidden_states[-2 if self.kind.penultimate and not is_cut else -1]
         if self.kind.final_norm:

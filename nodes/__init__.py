@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
 from .concept_gate import SafetyExpertsConceptGate
+from .evaluating import SafetyExpertsEvaluate, register_report_page
 from .exchange import SafetyExpertsImportDataset, SafetyExpertsSplitDataset
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
@@ -20,6 +21,7 @@ class SafetyExpertsExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_review_page()
+        register_report_page()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
@@ -41,4 +43,5 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsConceptGate,
             SafetyExpertsApply,
             SafetyExpertsSave,
+            SafetyExpertsEvaluate,
         ]

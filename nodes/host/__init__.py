@@ -3,6 +3,7 @@
 from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder, open_checkpoint
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
+from .evaluations import evaluation_folder
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
 from .file_state import file_state
 from .import_sources import import_source
@@ -25,6 +26,7 @@ __all__ = [
     "dataset_name",
     "dataset_names",
     "dataset_state",
+    "evaluation_folder",
     "expert_name",
     "expert_names",
     "expert_path",
