@@ -102,6 +102,7 @@ def test_what_is_unsafe_is_covered_until_asked_for(review, folder):
 
 def test_in_the_grid_unsafe_pictures_are_not_even_loaded_until_asked_for(review):
     asked = []
+    review.page.wait_for_load_state("networkidle")  # the single view has loaded the pairs that come next
     review.page.on("request", lambda request: asked.append(request.url))
     review.press("g")
     review.page.wait_for_function("() => document.querySelectorAll('.cell img.veiled').length > 10")
@@ -122,8 +123,9 @@ def test_filters_show_what_judges_doubt_and_what_is_left(review, folder):
     review.press("/")
     page.locator("[name=judged]").select_option("doubtful")
     assert page.evaluate("() => reviewPage.shown.map(pair => pair.id)") == spoiled_ids(folder)
-    page.locator("[name=judged]").blur()
+    review.press("Escape")  # back from the filters to the pairs
     review.press("f")
+    review.press("/")
     page.locator("[name=review]").select_option("flipped")
     assert len(page.evaluate("() => reviewPage.shown")) == 0  # a flip has mended it: no doubt is left
     page.locator("[name=judged]").select_option("")
