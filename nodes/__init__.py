@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
+from .comparing import SafetyExpertsCompare
 from .concept_gate import SafetyExpertsConceptGate
 from .evaluating import SafetyExpertsEvaluate, register_report_page
 from .exchange import SafetyExpertsImportDataset, SafetyExpertsSplitDataset
@@ -44,4 +45,5 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsApply,
             SafetyExpertsSave,
             SafetyExpertsEvaluate,
+            SafetyExpertsCompare,
         ]

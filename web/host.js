@@ -70,6 +70,51 @@ export function hideCompanions(node) {
   }
 }
 
+/** Return the address of a path of the server, also behind a proxy that serves it below a folder. */
+export function urlOf(path) {
+  return api.apiURL(path);
+}
+
+/** Return the address of a picture as nodes name it: {filename, subfolder, type}. */
+export function pictureUrl(picture) {
+  return urlOf(`/view?${new URLSearchParams(picture)}`);
+}
+
+export function settingOf(id) {
+  return app.extensionManager.setting.get(id);
+}
+
+export function isDark() {
+  return document.body.classList.contains("dark-theme");
+}
+
+/** Add a tab to the side bar; `render` fills its element when it is opened, `destroy` is called when it is closed. */
+export function addSidebarTab(tab) {
+  app.extensionManager.registerSidebarTab({ type: "custom", ...tab });
+}
+
+/** Open a tab of the side bar, or close the open one. */
+export function toggleSidebarTab(id) {
+  app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${id}`);
+}
+
+/** Add a button that is no value of the workflow; return its widget. */
+export function addButton(node, label, onClick) {
+  const button = node.addWidget("button", label, null, onClick);
+  button.serialize = false;
+  button.options.serialize = false;
+  return button;
+}
+
+/** Call `handler(node, output)` with what nodes of a type show after they ran. */
+export function onExecuted(nodeType, handler) {
+  const { onExecuted } = nodeType.prototype;
+  nodeType.prototype.onExecuted = function (output) {
+    onExecuted?.call(this, output);
+    handler(this, output ?? {});
+  };
+}
+
 export function redraw() {
   app.graph.setDirtyCanvas(true, true);
 }

@@ -1,5 +1,6 @@
 """The review page in the real server: same page, same handlers, below ComfyUI's dataset folders."""
 
+import io
 import json
 import urllib.error
 import urllib.parse
@@ -7,6 +8,7 @@ import urllib.request
 
 import pytest
 from graphs import Graph
+from PIL import Image
 from review_datasets import make_review_dataset, reviews_on_disk
 
 ROUTE = "/safety_experts/review"
@@ -48,7 +50,7 @@ def test_the_page_and_its_scripts_are_served_beside_each_other(server, dataset, 
 
 def test_comfyui_loads_the_extension_and_not_the_pages_own_scripts(server):
     files = [path for path in json.loads(ask(server, "/extensions")) if "safety-experts" in path]
-    assert "/extensions/safety-experts/safety_experts_review.js" in files
+    assert "/extensions/safety-experts/reviewing.js" in files
     assert not [path for path in files if "/review/" in path]
 
 
@@ -86,3 +88,16 @@ def test_no_prompt_reaches_the_log(server, dataset):
     ask(server, f"{ROUTE}/pairs?dataset=review/pairs")
     prompts = {json.loads(line)["prompt"] for line in (dataset / "metadata.jsonl").read_text().splitlines()}
     assert not [prompt for prompt in prompts if prompt in server.log_text()]
+
+
+def test_compare_gives_the_pictures_of_both_sides(server):
+    graph = Graph()
+    before = graph.add("EmptyImage", width=16, height=8, batch_size=2, color=0xFF0000)
+    after = graph.add("EmptyImage", width=16, height=8, batch_size=2, color=0x00FF00)
+    node = graph.add("SafetyExpertsCompare", before=(before, 0), after=(after, 0), unsafe_side="before")
+    shown = server.run(graph)["outputs"][node]["safety_experts_compare"][0]
+    assert shown["unsafe_side"] == "before"
+    for side, colour in (("before", (255, 0, 0)), ("after", (0, 255, 0))):
+        assert len(shown[side]) == 2
+        with Image.open(io.BytesIO(server.view(shown[side][1]))) as picture:
+            assert picture.size == (16, 8) and picture.convert("RGB").getpixel((3, 3)) == colour

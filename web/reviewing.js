@@ -1,7 +1,5 @@
 // The review page in ComfyUI: a side bar tab, and a button on the nodes that have a dataset.
-
-import { api } from "../../scripts/api.js";
-import { app } from "../../scripts/app.js";
+import { addButton, addSidebarTab, isDark, onExecuted, redraw, register, toggleSidebarTab, urlOf } from "./host.js";
 
 const TAB = "safety-experts-review";
 const NODES = ["SafetyExpertsReviewDataset", "SafetyExpertsLoadDataset", "SafetyExpertsGeneratePairs"];
@@ -12,43 +10,45 @@ let frame = null; // of the open tab
 let wanted = {}; // the query of the page when it is opened next
 
 function pageUrl(query) {
-  const theme = document.body.classList.contains("dark-theme") ? "dark" : "light";
-  return api.apiURL(`/safety_experts/review/?${new URLSearchParams({ theme, ...query })}`);
+  return urlOf(`/safety_experts/review/?${new URLSearchParams({ theme: isDark() ? "dark" : "light", ...query })}`);
 }
 
 /** The dataset a node is about: its own widget's, else that of the node its dataset comes from. */
 function datasetOf(node, stepsLeft = MAX_STEPS_BACK) {
-  const name = node?.widgets?.find(widget => widget.name === "dataset_name")?.value;
+  const name = node?.widgets?.find((widget) => widget.name === "dataset_name")?.value;
   if (name || !node || !stepsLeft) return name;
-  const index = node.inputs?.findIndex(input => input.type === "PREFERENCE_DATASET") ?? -1;
+  const index = node.inputs?.findIndex((input) => input.type === "PREFERENCE_DATASET") ?? -1;
   return datasetOf(index >= 0 ? node.getInputNode(index) : null, stepsLeft - 1) ?? node.reviewedDataset;
 }
 
-function addButton(node) {
-  const button = node.addWidget("button", BUTTON, null, () => {
-    const dataset = datasetOf(node);
-    window.open(pageUrl(dataset ? { dataset } : {}), "_blank");
-  });
-  button.serialize = false; // no value of the workflow
-  button.options.serialize = false;
+function openPage(node) {
+  const dataset = datasetOf(node);
+  window.open(pageUrl(dataset ? { dataset } : {}), "_blank");
 }
 
 function openTab(query) {
   wanted = query;
   if (frame) frame.src = pageUrl(query);
-  else app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${TAB}`);
+  else toggleSidebarTab(TAB);
 }
 
-app.registerExtension({
+function showResult(node, { dataset, summary, open_page: opens }) {
+  node.reviewedDataset = dataset;
+  const button = node.widgets?.find((widget) => widget.name === BUTTON);
+  if (button) button.label = `${BUTTON}: ${summary}`;
+  if (opens && dataset) openTab({ dataset });
+  redraw();
+}
+
+register({
   name: "SafetyExperts.Review",
 
   setup() {
-    app.extensionManager.registerSidebarTab({
+    addSidebarTab({
       id: TAB,
       icon: "pi pi-shield",
       title: "Safety review",
       tooltip: "Safety review: look at preference pairs",
-      type: "custom",
       render(container) {
         frame = document.createElement("iframe");
         frame.title = "Safety review";
@@ -64,21 +64,11 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (NODES.includes(node.comfyClass)) addButton(node);
+    if (NODES.includes(node.comfyClass)) addButton(node, BUTTON, () => openPage(node));
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== "SafetyExpertsReviewDataset") return;
-    const { onExecuted } = nodeType.prototype;
-    nodeType.prototype.onExecuted = function (output) {
-      onExecuted?.call(this, output);
-      const [result] = output?.safety_experts_review ?? [];
-      if (!result) return;
-      this.reviewedDataset = result.dataset;
-      const button = this.widgets?.find(widget => widget.name === BUTTON);
-      if (button) button.label = `${BUTTON}: ${result.summary}`;
-      if (result.open_page && result.dataset) openTab({ dataset: result.dataset });
-      this.setDirtyCanvas?.(true);
-    };
+    onExecuted(nodeType, (node, { safety_experts_review: [result] = [] }) => result && showResult(node, result));
   },
 });
