@@ -22,12 +22,17 @@ def find(choice: str, dataset: PreferenceDataset) -> Path:
 def _base_of(dataset: PreferenceDataset) -> Path:
     """Return the path of the checkpoint that drew the dataset, if it is still the same file."""
     name = dataset.info.base_checkpoint.name
+    if dataset.info.base_checkpoint.patches:
+        raise InputError(
+            f"the dataset was drawn by {name} with a LoRA on it: connect that MODEL with its CLIP and VAE, or choose "
+            "the bare checkpoint in `checkpoint`"
+        )
     try:
         path = host.checkpoint_path(name)
     except InputError as error:
         raise InputError(
             f"the checkpoint that drew the dataset, {name!r}, is not in ComfyUI's checkpoints folders: "
-            "put it there or choose one in `checkpoint`"
+            "put it there, choose one in `checkpoint`, or connect the MODEL with its CLIP and VAE"
         ) from error
     if not host.base_checkpoint(name).is_same_model(dataset.info.base_checkpoint):
         raise SafetyExpertsError(

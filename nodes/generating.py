@@ -10,6 +10,7 @@ from PIL import Image
 from ..errors import InputError
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from . import checks, host, pictures, sampling, sockets
+from .native.identity import identify
 from .sampling import SamplerSettings
 
 
@@ -53,9 +54,7 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
                     tooltip="Images drawn together; lower it if memory is short.",
                 ),
                 sockets.dataset_name_input(),
-                sockets.checkpoint_input(
-                    tooltip="The file the model was loaded from; recorded, so that training knows its base."
-                ),
+                sockets.legacy_checkpoint_input(),
                 io.Combo.Input(
                     "preview",
                     options=["off", "blurred", "full"],
@@ -67,7 +66,7 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, dataset_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, dataset_name: str | None = None, checkpoint: str | None = None) -> bool | str:
         return checks.first_problem((host.dataset_folder, dataset_name))
 
     @classmethod
@@ -80,10 +79,11 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
         batch_size, dataset_name, checkpoint, preview,
     ) -> io.NodeOutput:  # fmt: skip
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
+        base = identify(model)
         if clip is None:
-            raise InputError(f"clip is empty: {checkpoint} holds no text encoder; load one with CLIPLoader")
+            raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
         info = DatasetInfo(
-            base_checkpoint=host.base_checkpoint(checkpoint),
+            base_checkpoint=base,
             sampler=asdict(settings) | {"negative_prompt": negative_prompt},
             prompt_source=", ".join(sorted({pair.source for pair in prompt_pairs if pair.source})),
             licence_note="",

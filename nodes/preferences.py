@@ -10,6 +10,7 @@ from ..preferences.pairs import PromptPair, parse_prompt_pairs, read_prompt_pair
 from ..preferences.prompt_pair import MAX_SEED, check_prompt
 from ..preferences.taxonomy import expand_taxonomy
 from . import checks, host, pictures, prompt_graph, sampling, sockets
+from .native.identity import identify
 
 MAX_CHECKED_BYTES = 1_000_000
 EXAMPLE_LINES = "a red circle with thorns | a red circle\na blue square with thorns | a blue square"
@@ -144,7 +145,10 @@ class SafetyExpertsRecordPair(io.ComfyNode):
                 ),
                 sockets.dataset_name_input(),
                 sockets.checkpoint_input(
-                    tooltip="The checkpoint that drew the images; recorded, so that training knows its base."
+                    tooltip="The checkpoint that drew the images, where no MODEL is connected; recorded for training."
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The MODEL that drew the images: recorded instead of `checkpoint`."
                 ),
             ],
             outputs=[sockets.Dataset.Output("dataset")],
@@ -167,7 +171,17 @@ class SafetyExpertsRecordPair(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, chosen, rejected, prompt, category, seed, dataset_name, checkpoint, safe_prompt="", own_category=""
+        cls,
+        chosen,
+        rejected,
+        prompt,
+        category,
+        seed,
+        dataset_name,
+        checkpoint,
+        safe_prompt="",
+        own_category="",
+        model=None,
     ) -> io.NodeOutput:
         if chosen.shape != rejected.shape:
             raise InputError(
@@ -176,9 +190,8 @@ class SafetyExpertsRecordPair(io.ComfyNode):
             )
         drawn_with = _common_seed(cls.hidden.prompt, cls.hidden.unique_id)
         categories = sockets.several_categories(category, own_category)
-        info = DatasetInfo(
-            base_checkpoint=host.base_checkpoint(checkpoint), sampler={}, prompt_source="recorded", licence_note=""
-        )
+        base = host.base_checkpoint(checkpoint) if model is None else identify(model)
+        info = DatasetInfo(base_checkpoint=base, sampler={}, prompt_source="recorded", licence_note="")
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
         images = list(zip(sampling.to_images(chosen), sampling.to_images(rejected), strict=True))
         for index, (chosen_image, rejected_image) in enumerate(images):

@@ -15,6 +15,7 @@ ConceptGate = io.Custom("CONCEPT_GATE")
 Judge = io.Custom("SAFETY_JUDGE")
 
 ALL_CATEGORIES, OWN_CATEGORY = "all", "own …"
+OF_MODEL = "(the model says)"
 
 
 class PromptPairList(list[PromptPair]):
@@ -22,6 +23,9 @@ class PromptPairList(list[PromptPair]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} prompt pairs>"
+
+
+OF_MODEL = "(the model says)"
 
 
 def category_inputs(*, with_all: bool = False) -> list[io.Input]:
@@ -89,3 +93,14 @@ def dataset_name_input() -> io.Input:
 def checkpoint_input(*extra: str, tooltip: str) -> io.Input:
     """Return the combo of ComfyUI's checkpoints, after entries that are no file."""
     return io.Combo.Input("checkpoint", options=[*extra, *host.checkpoint_names()], tooltip=tooltip)
+
+
+def legacy_checkpoint_input() -> io.Input:
+    """Return the combo that named the checkpoint before it was read from the MODEL, for workflows of that time."""
+    return io.Combo.Input(
+        "checkpoint",
+        options=[OF_MODEL, *host.checkpoint_names()],
+        default=OF_MODEL,
+        tooltip="Of workflows made before the model itself was recorded; it has no effect.",
+        extra_dict={"hidden": True},
+    )
