@@ -25,6 +25,9 @@ def check_model(patcher) -> None:
     modules = {type(module).__module__.lower() for module in diffusion_model.modules()}
     if any("nunchaku" in name for name in names | modules):
         raise InputError(f"this is a nunchaku (SVDQuant) model, whose kernels have no backward pass: {_ON_OTHERS}")
+    weights = {type(getattr(module, "weight", None)).__name__.lower() for module in diffusion_model.modules()}
+    if any("ggml" in name for name in names | weights):
+        raise InputError(f"this is a GGUF model, whose weights are unpacked anew in every call: {_ON_OTHERS}")
     if any("optimizedmodule" in name for name in names) or _is_compiled(patcher):
         raise InputError("this MODEL is compiled (torch.compile), and adapters cannot be put on it: train before it")
     for module in diffusion_model.modules():
@@ -34,10 +37,9 @@ def check_model(patcher) -> None:
 
 
 def _is_compiled(patcher) -> bool:
-    if any("compile" in str(key).lower() for key in patcher.attachments):
-        return True
-    kwargs = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
-    return any("compile" in str(name).lower() for group in kwargs.values() for name in group)
+    wrappers = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
+    groups = [*wrappers.values(), *patcher.wrappers.values()]
+    return any("compile" in str(name).lower() for group in [patcher.attachments, *groups] for name in group)
 
 
 def drop_what_is_no_weight(patcher) -> None:

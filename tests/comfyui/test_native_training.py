@@ -132,7 +132,8 @@ def add_image(graph: Graph, loaders: dict, model: tuple[str, int]) -> str:
         denoise=1.0,
         **graphs.SAMPLING,
     )
-    return graph.add("VAEDecode", samples=(sampled, 0), vae=loaders["vae"])
+    decoded = graph.add("VAEDecode", samples=(sampled, 0), vae=loaders["vae"])
+    return graph.add("SaveImage", images=(decoded, 0), filename_prefix="native")
 
 
 def test_cancel_and_resume_are_bit_identical_and_samples_change_nothing(server, parts, dataset):
