@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...experts.expert import Expert
 from ...preferences.dataset import PreferenceDataset
 from ...training.recipe import Recipe
-from . import identity, refusals
+from . import identity, kernels, refusals
 from .conditions import encode_rows
 from .policy import NativePolicy
 
@@ -128,7 +128,7 @@ class NativeVae:
         pictures = []
         for latent in latents.split(1):
             raw = self._model.process_latent_out(latent.float()).cpu()
-            with torch.inference_mode():
+            with torch.inference_mode(), kernels.uninterrupted():
                 pixels = self._vae.decode(raw)
             values = (pixels.reshape(-1, *pixels.shape[-3:])[0].clamp(0, 1) * 255).round().byte().cpu().numpy()
             pictures.append(Image.fromarray(np.ascontiguousarray(values)))

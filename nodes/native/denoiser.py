@@ -111,19 +111,20 @@ class NativeDenoiser:
         rows = rows_of(conditions, 2 * len(noise))
         drawn = []
         for index, start in enumerate(noise.split(1)):
-            latents = comfy.sample.sample(
-                self.patcher,
-                start.cpu(),
-                num_steps,
-                cfg,
-                sampler,
-                scheduler,
-                condition_of(rows[index]),
-                condition_of(rows[len(noise) + index]),
-                torch.zeros_like(start, device="cpu"),
-                disable_pbar=True,
-                seed=0,
-            )
+            with kernels.uninterrupted():
+                latents = comfy.sample.sample(
+                    self.patcher,
+                    start.cpu(),
+                    num_steps,
+                    cfg,
+                    sampler,
+                    scheduler,
+                    condition_of(rows[index]),
+                    condition_of(rows[len(noise) + index]),
+                    torch.zeros_like(start, device="cpu"),
+                    disable_pbar=True,
+                    seed=0,
+                )
             drawn.append(self.model.process_latent_in(latents.to(noise.device)))
         return torch.cat(drawn)
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import comfy.model_management
+import comfy.ops
 import comfy.quant_ops
 
 try:  # a package of its own, which ComfyUI installs; its plain torch functions are differentiable
@@ -13,6 +14,17 @@ except ImportError:
 
 _NAMES = ("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1")
 _NAMES += ("rms_rope", "rms_rope1", "rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Inside, a cancel raises in no operation: the trainer asks for it between steps, and saves what there is."""
+    run_every_op = comfy.ops.run_every_op
+    comfy.ops.run_every_op = lambda: None
+    try:
+        yield
+    finally:
+        comfy.ops.run_every_op = run_every_op
 
 
 @contextlib.contextmanager
@@ -26,7 +38,8 @@ def training_mode() -> Iterator[None]:
     for name in names:
         setattr(kitchen, name, getattr(eager, name))
     try:
-        yield
+        with uninterrupted():
+            yield
     finally:
         comfy.model_management.in_training = was_training
         for name, function in before.items():
