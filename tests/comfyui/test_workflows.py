@@ -62,7 +62,7 @@ def test_the_demo_does_not_empty_a_folder_of_something_else(tmp_path):
     assert (tmp_path / "photo.png").exists()
 
 
-NAMES = ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"]
+NAMES = ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply", "4_train_on_the_model"]
 
 
 @pytest.mark.parametrize("name", NAMES)
