@@ -1,80 +1,141 @@
 """What a training looks like: curves of its metrics, and pictures drawn before and during it, as one live preview."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..training.events import StepRecord
 from ..training.samples import Samples
+from . import pictures
 
-WIDTH_PX, PANEL_PX, MARGIN_PX = 384, 128, 20
-COLOURS = ("#f2a33c", "#4ea8de", "#7bc96f")
-BACKGROUND, TEXT, AXIS = "#1e1e1e", "#d0d0d0", "#555555"
-CURVES = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+# ComfyUI shows a live picture of at most 768 px, on a node often at half that size: the letters are made for it.
+WIDTH_PX, HEADER_PX, PANEL_PX, MARGIN_PX = 768, 40, 190, 12
+BACKGROUND, TEXT, AXIS = "#1e1e1e", "#e0e0e0", "#666666"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric as it is drawn; where `low` or `high` is None its axis ends at the least or the largest value."""
+
+    title: str
+    metric: str
+    colour: str
+    low: float | None = None
+    high: float | None = None
+
+
+CURVES = (
+    Curve("preference loss", "loss/preference", "#f2a33c"),
+    Curve("margin", "rewards/margins", "#4ea8de"),
+    Curve("accuracy", "rewards/accuracies", "#7bc96f", low=0.0, high=1.0),
+    Curve("drift from the base", "drift", "#d77bd0", low=0.0),
+)
 
 
 class TrainingPicture:
-    """Collects what a training reports, and draws it: curves, and beside them the first and the latest samples."""
+    """Collects what a training reports, and draws it: curves, and below them the first and the latest samples.
 
-    def __init__(self) -> None:
-        self._series: dict[str, list[float]] = {name: [] for name in CURVES}
+    Args:
+        is_blurred: what is drawn for the unsafe prompt is shown blurred.
+    """
+
+    def __init__(self, *, is_blurred: bool = True) -> None:
+        self._is_blurred = is_blurred
+        self._series: dict[str, list[float]] = {curve.metric: [] for curve in CURVES}
         self._step, self._num_steps = 0, 1
         self._samples: list[Samples] = []  # the first and the latest
+
+    def resume(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Take the metrics of the steps before a resumption."""
+        for metrics in records:
+            self._add(metrics)
 
     def add_step(self, record: StepRecord) -> None:
         """Take a step of the stage "train"."""
         self._step, self._num_steps = record.step, record.num_steps
-        for name, metric in CURVES.items():
-            if metric in record.metrics:
-                self._series[name].append(record.metrics[metric])
+        self._add(record.metrics)
+
+    def _add(self, metrics: Mapping[str, float]) -> None:
+        for name, values in self._series.items():
+            if name in metrics:
+                values.append(metrics[name])
 
     def add_samples(self, samples: Samples) -> None:
         self._samples = [*self._samples[:1], samples]
 
     def draw(self) -> Image.Image:
-        series = {name: values for name, values in self._series.items() if values}
-        curves = draw_curves(series, self._step, self._num_steps)
-        return beside(curves, self._samples) if self._samples else curves
+        curves = draw_curves(self._series, self._step, self._num_steps)
+        return above(curves, self._samples, is_blurred=self._is_blurred) if self._samples else curves
 
 
 def draw_curves(series: Mapping[str, Sequence[float]], step: int, num_steps: int) -> Image.Image:
-    """Draw one panel a series, under one another, with its name and latest value.
+    """Draw the panels of `CURVES`, two a row, each with its name, its latest value and the ends of its axis.
 
     Args:
-        series: name -> values of the last steps up to `step`, at least one.
+        series: metric -> values of the last steps up to `step`; one without values stays empty.
         step: the step of the latest values; x runs to `num_steps`.
     """
-    picture = Image.new("RGB", (WIDTH_PX, PANEL_PX * len(CURVES)), BACKGROUND)
+    rows = (len(CURVES) + 1) // 2
+    picture = Image.new("RGB", (WIDTH_PX, HEADER_PX + rows * PANEL_PX), BACKGROUND)
     canvas = ImageDraw.Draw(picture)
-    for panel, (name, values) in enumerate(series.items()):
-        top = panel * PANEL_PX
-        bottom = top + PANEL_PX - MARGIN_PX // 2
-        canvas.text((MARGIN_PX, top + 4), f"{name} {values[-1]:.4g}   step {step} of {num_steps}", fill=TEXT)
-        canvas.line((MARGIN_PX, bottom, WIDTH_PX - MARGIN_PX, bottom), fill=AXIS)
-        low, high = min(values), max(values)
-        span_px, height_px = WIDTH_PX - 2 * MARGIN_PX, PANEL_PX - 2 * MARGIN_PX
-        points = [
-            (
-                MARGIN_PX + span_px * (step - len(values) + position) / max(1, num_steps - 1),
-                bottom - height_px * ((value - low) / (high - low) if high > low else 0.5),
-            )
-            for position, value in enumerate(values)
-        ]
-        canvas.line(points if len(points) > 1 else points * 2, fill=COLOURS[panel % len(COLOURS)], width=2)
+    canvas.text((MARGIN_PX, 8), f"step {step} of {num_steps}", fill=TEXT, font=_font(24))
+    for number, curve in enumerate(CURVES):
+        corner = (number % 2 * WIDTH_PX // 2, HEADER_PX + number // 2 * PANEL_PX)
+        _draw_panel(canvas, corner, curve, series.get(curve.metric, ()), step, num_steps)
     return picture
 
 
-def beside(curves: Image.Image, samples: Sequence[Samples]) -> Image.Image:
-    """Put samples to the right of the curves: a column a step, the unsafe prompt's picture above the safe prompt's."""
-    cell_px = curves.height // 2
-    side_px = cell_px - MARGIN_PX
-    picture = Image.new("RGB", (curves.width + cell_px * len(samples), curves.height), BACKGROUND)
+def _draw_panel(
+    canvas: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    curve: Curve,
+    values: Sequence[float],
+    step: int,
+    num_steps: int,
+) -> None:
+    left, right = corner[0] + MARGIN_PX, corner[0] + WIDTH_PX // 2 - MARGIN_PX
+    top, bottom = corner[1] + 34, corner[1] + PANEL_PX - MARGIN_PX
+    canvas.line((left, bottom, right, bottom), fill=AXIS)
+    latest = f" {values[-1]:.3g}" if values else ""
+    canvas.text((left, corner[1]), curve.title + latest, fill=curve.colour, font=_font(24))
+    if not values:
+        return
+    low = min(values) if curve.low is None else curve.low
+    high = max(values) if curve.high is None else curve.high
+    plot_right = right - 64  # the ends of the axis are written beside it
+    points = [
+        (
+            left + (plot_right - left) * (step - len(values) + position) / max(1, num_steps - 1),
+            bottom - (bottom - top) * ((value - low) / (high - low) if high > low else 0.5),
+        )
+        for position, value in enumerate(values)
+    ]
+    canvas.line(points if len(points) > 1 else points * 2, fill=curve.colour, width=3)
+    canvas.text((right, top), f"{high:.3g}", fill=TEXT, font=_font(18), anchor="rt")
+    canvas.text((right, bottom - 2), f"{low:.3g}", fill=TEXT, font=_font(18), anchor="rb")
+
+
+def above(curves: Image.Image, samples: Sequence[Samples], *, is_blurred: bool) -> Image.Image:
+    """Put samples below the curves in a row: the unsafe prompt's, then the safe prompt's, the first and the latest."""
+    cell_px, label_px = WIDTH_PX // 4, 28
+    picture = Image.new("RGB", (WIDTH_PX, curves.height + label_px + cell_px), BACKGROUND)
     picture.paste(curves)
     canvas = ImageDraw.Draw(picture)
-    for column, drawn in enumerate(samples):
-        left = curves.width + column * cell_px
-        for row, image in enumerate(drawn.pictures.values()):
-            kind = ("unsafe", "safe")[row]
-            canvas.text((left, row * cell_px + 4), f"{kind} prompt, step {drawn.step}", fill=TEXT)
-            picture.paste(ImageOps.contain(image, (side_px, side_px)), (left, row * cell_px + MARGIN_PX))
+    drawn = [
+        [(kind, sample.step, image) for kind, image in zip(("unsafe", "safe"), sample.pictures.values(), strict=False)]
+        for sample in samples
+    ]
+    for column, (kind, step, image) in enumerate(chain.from_iterable(zip(*drawn, strict=True))):
+        left = column * cell_px
+        canvas.text((left + 4, curves.height + 2), f"{kind}, {step}", fill=TEXT, font=_font(22))
+        image = ImageOps.contain(image, (cell_px - 8, cell_px - 8))
+        if is_blurred and kind == "unsafe":
+            image = pictures.blurred(image)
+        picture.paste(image, (left + 4, curves.height + label_px))
     return picture
+
+
+def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size_px)
