@@ -127,6 +127,7 @@ class ComfyServer:
         timeout_seconds: float = 1800,
         on_progress: Callable[[str, int, int], None] | None = None,
         on_preview: Callable[[bytes], None] | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Wait for a queued workflow; return its history entry (`outputs`, `status`, …).
 
@@ -135,18 +136,29 @@ class ComfyServer:
             timeout_seconds: when to give up; the workflow is interrupted then.
             on_progress: called with node id, value and maximum.
             on_preview: called with each live picture (JPEG or PNG bytes).
+            on_event: called with the name and the data of every other message.
 
         Raises:
             SafetyExpertsError: a node failed (the message is the node's), it was interrupted, or the time is up.
         """
-        entry = asyncio.run(self._follow(prompt_id, timeout_seconds, on_progress, on_preview))
+        return self._wait(lambda: prompt_id, timeout_seconds, on_progress, on_preview, on_event)
+
+    def run(
+        self,
+        prompt: dict[str, Any],
+        timeout_seconds: float = 1800,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        on_preview: Callable[[bytes], None] | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Queue a workflow and wait for it, listening from the start; see `queue` and `wait`."""
+        return self._wait(lambda: self.queue(prompt), timeout_seconds, on_progress, on_preview, on_event)
+
+    def _wait(self, start: Callable[[], str], *following: Any) -> dict[str, Any]:
+        entry = asyncio.run(self._follow(start, *following))
         if entry["status"]["status_str"] != "success":
             raise SafetyExpertsError(describe_failure(entry["status"]["messages"]))
         return entry
-
-    def run(self, prompt: dict[str, Any], **waiting: Any) -> dict[str, Any]:
-        """Queue a workflow and wait for it; see `queue` and `wait`."""
-        return self.wait(self.queue(prompt), **waiting)
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """Return the history entry of a finished workflow, failed ones included; None while it waits or runs."""
@@ -217,37 +229,49 @@ class ComfyServer:
 
     async def _follow(
         self,
-        prompt_id: str,
+        start: Callable[[], str],
         timeout_seconds: float,
         on_progress: Callable[[str, int, int], None] | None,
         on_preview: Callable[[bytes], None] | None,
+        on_event: Callable[[str, dict[str, Any]], None] | None,
     ) -> dict[str, Any]:
         import aiohttp  # one of ComfyUI's own requirements, so it is there whenever the server runs
+
+        async def take_message() -> bool:
+            """Hand on the next message; False when there is none for a while."""
+            try:
+                message = await messages.receive(timeout=_POLL_SECONDS)
+            except asyncio.TimeoutError:
+                return False
+            if message.type is aiohttp.WSMsgType.TEXT:
+                event = json.loads(message.data)
+                if on_event:
+                    on_event(event["type"], event["data"])
+                if on_progress and event["type"] == "progress" and event["data"]["prompt_id"] == prompt_id:
+                    on_progress(event["data"]["node"], event["data"]["value"], event["data"]["max"])
+            elif message.type is aiohttp.WSMsgType.BINARY and on_preview:
+                if int.from_bytes(message.data[:4], "big") == _PREVIEW_IMAGE:
+                    on_preview(message.data[8:])
+            elif message.type is aiohttp.WSMsgType.CLOSED:
+                await asyncio.sleep(_POLL_SECONDS)
+                return False
+            return True
 
         deadline = time.monotonic() + timeout_seconds
         async with (
             aiohttp.ClientSession() as session,
             session.ws_connect(f"{self.url}/ws?clientId={self._client_id}", max_msg_size=0) as messages,
         ):
+            prompt_id = start()
             # Messages are only for show; whether the work is done is asked of the history.
             while (entry := self.history(prompt_id)) is None:
                 self._check_alive()
                 if time.monotonic() > deadline:
                     self.interrupt()
                     raise self._error(f"the workflow did not finish within {timeout_seconds:.0f} s and was interrupted")
-                try:
-                    message = await messages.receive(timeout=_POLL_SECONDS)
-                except asyncio.TimeoutError:
-                    continue
-                if message.type is aiohttp.WSMsgType.TEXT and on_progress:
-                    event = json.loads(message.data)
-                    if event["type"] == "progress" and event["data"]["prompt_id"] == prompt_id:
-                        on_progress(event["data"]["node"], event["data"]["value"], event["data"]["max"])
-                elif message.type is aiohttp.WSMsgType.BINARY and on_preview:
-                    if int.from_bytes(message.data[:4], "big") == _PREVIEW_IMAGE:
-                        on_preview(message.data[8:])
-                elif message.type is aiohttp.WSMsgType.CLOSED:
-                    await asyncio.sleep(_POLL_SECONDS)
+                await take_message()
+            while on_event and await take_message():
+                pass  # what it said last
             return entry
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:

@@ -12,8 +12,9 @@ from .generating import SafetyExpertsGeneratePairs
 from .judging import SafetyExpertsJudge, SafetyExpertsJudgeDataset
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
 from .protection import SafetyExpertsProtect
+from .recipes import SafetyExpertsRecipe
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
-from .training import SafetyExpertsRecipe, SafetyExpertsTrain
+from .training import SafetyExpertsTrain
 from .writing import SafetyExpertsWritePairs
 
 

@@ -129,7 +129,7 @@ def above(curves: Image.Image, samples: Sequence[Samples], *, is_blurred: bool) 
     ]
     for column, (kind, step, image) in enumerate(chain.from_iterable(zip(*drawn, strict=True))):
         left = column * cell_px
-        canvas.text((left + 4, curves.height + 2), f"{kind}, {step}", fill=TEXT, font=_font(22))
+        canvas.text((left + 4, curves.height + 2), f"{kind}, step {step}", fill=TEXT, font=_font(20))
         image = ImageOps.contain(image, (cell_px - 8, cell_px - 8))
         if is_blurred and kind == "unsafe":
             image = pictures.blurred(image)

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
+from ..experts.expert import Expert
 from ..experts.expert_file import load_expert, save_expert
 from ..experts.merging import METHODS, merge_experts
 from ..training.recipe import load_recipe
@@ -37,6 +38,7 @@ class SafetyExpertsLoad(io.ComfyNode):
                 )
             ],
             outputs=[sockets.Expert.Output("expert")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -49,7 +51,23 @@ class SafetyExpertsLoad(io.ComfyNode):
 
     @classmethod
     def execute(cls, expert_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_expert(host.expert_path(expert_name)))
+        expert = load_expert(host.expert_path(expert_name))
+        text = _in_words(expert)
+        host.show_text(cls.hidden.unique_id, text)
+        if (trained := expert.info.trained) and not trained.finished:
+            host.tell(cls.hidden.unique_id, f"{expert_name}: {text}", "warn")
+        return io.NodeOutput(expert)
+
+
+def _in_words(expert: Expert) -> str:
+    """Return what an expert is for, and of which step of its training it is."""
+    words = [", ".join(expert.categories) or "no category"]
+    if trained := expert.info.trained:
+        steps = trained.recipe.get("steps")
+        words.append(f"step {trained.step}" + (f" of {steps}" if isinstance(steps, int) else ""))
+        if not trained.finished:
+            words.append("unfinished: its training was stopped")
+    return ", ".join(words)
 
 
 class SafetyExpertsMerge(io.ComfyNode):

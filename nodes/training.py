@@ -1,13 +1,20 @@
-"""Nodes that train an expert."""
+"""The node that trains an expert."""
 
 import logging
+from collections.abc import Sequence
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..errors import InputError
+from ..experts.expert import Expert
+from ..models.checkpoint import Checkpoint
+from ..preferences.dataset import PreferenceDataset
 from ..training.events import StepRecord, TrainingEvents
+from ..training.family_recipes import family_mismatch, recipe_for_family
+from ..training.identity import finished_training
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
-from ..training.trainer import TrainingStoppedError, resume_path, train_expert
+from ..training.trainer import TrainingStoppedError, TrainResult, resume_path, train_expert
 from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
 from .launch import train_in_processes
@@ -15,43 +22,7 @@ from .native.base import NativeBase, check_base
 
 logger = logging.getLogger(__name__)
 
-
-class SafetyExpertsRecipe(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SafetyExpertsRecipe",
-            display_name="Training Recipe",
-            category="safety experts/training",
-            description="Every training option as one value: a shipped recipe, with the options you want to change.",
-            search_aliases=["hyperparameters", "training options", "DPO"],
-            inputs=[
-                io.Combo.Input(
-                    "recipe", options=shipped_recipes(), default="sd15", tooltip="The recipe to start from."
-                ),
-                io.String.Input(
-                    "overrides",
-                    multiline=True,
-                    default="",
-                    placeholder="steps=100\nlearning_rate=1e-4",
-                    tooltip=f"One option=value a line; # starts a comment. Options: {', '.join(Recipe.model_fields)}.",
-                ),
-            ],
-            outputs=[sockets.Recipe.Output("recipe")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, overrides: str | None = None, recipe: str | None = None) -> bool | str:
-        return checks.first_problem((lambda text: load_recipe(recipe or "sd15", _override_lines(text)), overrides))
-
-    @classmethod
-    def execute(cls, recipe: str, overrides: str) -> io.NodeOutput:
-        return io.NodeOutput(load_recipe(recipe, _override_lines(overrides)))
-
-
-def _override_lines(text: str) -> list[str]:
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    return [line for line in lines if line]
+AUTO = "auto"
 
 
 class SafetyExpertsTrain(io.ComfyNode):
@@ -63,10 +34,11 @@ class SafetyExpertsTrain(io.ComfyNode):
             category="safety experts/training",
             description=(
                 "Trains a LoRA that prefers the chosen images of a dataset over the rejected ones (Diffusion-DPO) "
-                "and saves it to output/loras. Cancel saves what there is."
+                "and saves it to output/loras. Cancel saves what there is; a finished training is given back."
             ),
             search_aliases=["DPO", "train LoRA", "AlignGuard", "SafetyDPO", "preference optimization"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 sockets.Dataset.Input("dataset"),
                 sockets.checkpoint_input(
@@ -75,9 +47,9 @@ class SafetyExpertsTrain(io.ComfyNode):
                 *sockets.category_inputs(with_all=True),
                 io.Combo.Input(
                     "recipe_name",
-                    options=shipped_recipes(),
-                    default="sd15",
-                    tooltip="A shipped recipe; a connected Training Recipe replaces it.",
+                    options=[AUTO, *shipped_recipes()],
+                    default=AUTO,
+                    tooltip="A shipped recipe, auto: by the model's family. A connected Training Recipe replaces it.",
                 ),
                 io.String.Input(
                     "expert_name", default="my_expert", tooltip="File name in output/loras; a counter is added."
@@ -114,13 +86,20 @@ class SafetyExpertsTrain(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The MODEL's text encoder; needed with a MODEL."),
                 io.Vae.Input("vae", optional=True, tooltip="The MODEL's VAE; needed with a MODEL."),
+                io.Boolean.Input(
+                    "train_again",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Train also when an expert of this name is this very training's, and finished.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The expert's weights, for core's Load LoRA Model and Save LoRA."),
                 io.LossMap.Output("loss_map", tooltip="The loss of every step, for core's Plot Loss Graph."),
                 io.String.Output("expert_name", tooltip="The file's name in the loras folders."),
+                sockets.Expert.Output("expert", tooltip="For Merge and Apply Safety Expert."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -135,37 +114,49 @@ class SafetyExpertsTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        dataset,
-        checkpoint,
-        category,
-        recipe_name,
-        expert_name,
-        own_category="",
-        resume=False,
-        recipe=None,
-        sample_every=0,
-        processes=1,
+        dataset: PreferenceDataset,
+        checkpoint: str,
+        category: str,
+        recipe_name: str,
+        expert_name: str,
+        own_category: str = "",
+        resume: bool = False,
+        recipe: Recipe | None = None,
+        sample_every: int = 0,
+        processes: int = 1,
         model=None,
         clip=None,
         vae=None,
+        train_again: bool = False,
     ) -> io.NodeOutput:
-        recipe = recipe or load_recipe(recipe_name)
-        category = sockets.one_category(category, own_category)
-        dataset.training_pairs(category)  # says at once when there are none of the category
+        node_id = cls.hidden.unique_id
+        wanted = sockets.one_category(category, own_category)
+        dataset.training_pairs(wanted)  # says at once when there are none of the category
         path = host.fresh_expert_path(expert_name)
+        base: NativeBase | Checkpoint
         if model is not None:
-            checkpoint = native_base(model, clip, vae, dataset, processes, cls.hidden.unique_id)
+            base = native_base(model, clip, vae, dataset, processes, node_id)
         else:
-            checkpoint = host.open_checkpoint(base_models.find(checkpoint, dataset))
-        unfinished = resume_path(host.previous_expert_path(path))
-        resume = resume and unfinished.exists()
-        if resume:
-            unfinished.replace(resume_path(path))
-        progress, picture = host.PatientProgress(recipe.steps), TrainingPicture()
+            base = host.open_checkpoint(base_models.find(checkpoint, dataset))
+        if recipe is None:
+            recipe = load_recipe(recipe_for_family(base.family) if recipe_name == AUTO else recipe_name)
+        if mismatch := family_mismatch(recipe.name, base.family):
+            host.tell(node_id, mismatch, "warn")
+        for earlier in () if train_again else host.earlier_experts(path):
+            if expert := finished_training(earlier, recipe, dataset, base, wanted):
+                name = host.expert_name(earlier)
+                host.tell(node_id, f"{name} is this very training, finished: given back. To repeat it: train_again")
+                return _output(expert, host.read_losses(earlier), name)
+        stopped = host.stopped_training(path)
+        if resume and stopped is None:
+            raise InputError(
+                f"nothing to resume for {expert_name}: no training of this name was stopped; turn `resume` off"
+            )
+        if resume and stopped:
+            stopped.replace(resume_path(path))
 
-        def on_resume(records) -> None:
-            for step, metrics in enumerate(records, start=1):
-                picture.add_step(StepRecord("train", step, recipe.steps, dict(metrics)))
+        progress = host.PatientProgress(recipe.steps)
+        picture = TrainingPicture(is_blurred=host.blurs_unsafe())
 
         def on_step(record: StepRecord) -> None:
             if record.stage == "train":
@@ -173,36 +164,34 @@ class SafetyExpertsTrain(io.ComfyNode):
             progress.show(record.step, record.num_steps, picture.draw if record.stage == "train" else None)
 
         events = TrainingEvents(
-            on_resume=on_resume,
+            on_resume=picture.resume,
             on_step=on_step,
             on_samples=picture.add_samples,
             should_stop=progress.is_cancelled,
             sample_every=sample_every,
         )
-        options = {"events": events, "category": category, "resume": resume}
         with host.training_on_device() as device:
             try:
                 if processes > 1:
-                    result = train_in_processes(processes, checkpoint, dataset, recipe, path, device=device, **options)
+                    result = train_in_processes(
+                        processes, base, dataset, recipe, path,
+                        events=events, category=wanted, device=device, resume=resume,
+                    )  # fmt: skip
                 else:
-                    loader = checkpoint.load_policy if model is not None else None
                     result = train_expert(
-                        checkpoint, dataset, recipe, path, device=device, policy_loader=loader, **options
-                    )
-            except TrainingStoppedError:
+                        base, dataset, recipe, path,
+                        events=events, category=wanted, device=device, resume=resume,
+                        policy_loader=base.load_policy if model is not None else None,
+                    )  # fmt: skip
+            except TrainingStoppedError as error:
+                host.tell(node_id, str(error), "warn")
                 progress.raise_cancel()
                 raise
-        name = host.expert_name(result.path)
+        host.write_metrics(path, result.records)
         if result.stopped:
-            logger.warning(
-                "Cancelled after %d of %d steps; step %d saved as %s",
-                len(result.records),
-                recipe.steps,
-                result.step,
-                name,
-            )
+            _say_what_is_saved(node_id, result, recipe.steps)
         progress.raise_cancel()
-        return io.NodeOutput(result.expert.state_dict(), {"loss": result.losses}, name)
+        return _output(result.expert, result.losses, host.expert_name(path))
 
 
 def native_base(model, clip, vae, dataset, processes: int, node_id: str) -> NativeBase:
@@ -218,3 +207,18 @@ def native_base(model, clip, vae, dataset, processes: int, node_id: str) -> Nati
         logger.warning("%s", note)
         host.tell(node_id, note, "warn")
     return base
+
+
+def _say_what_is_saved(node_id: str, result: TrainResult, num_steps: int) -> None:
+    text = (
+        f"Cancelled after {len(result.records)} of {num_steps} steps: the expert of step {result.step} is saved as "
+        f"{host.expert_name(result.path)}, marked as unfinished. Queue it again with `resume` on to go on"
+    )
+    logger.warning(text)
+    host.tell(node_id, text, "warn")
+
+
+def _output(expert: Expert, losses: Sequence[float] | None, name: str) -> io.NodeOutput:
+    # Without losses what is linked to them does not run; core's plot fails on an empty curve.
+    loss_map = {"loss": list(losses)} if losses else ExecutionBlocker(None)
+    return io.NodeOutput(expert.state_dict(), loss_map, name, expert)

@@ -4,15 +4,16 @@ from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, cli
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .evaluations import evaluation_folder
-from .experts import expert_name, expert_names, expert_path, fresh_expert_path, previous_expert_path
+from .experts import expert_name, expert_names, expert_path, fresh_expert_path
 from .file_state import file_state
 from .import_sources import import_source
 from .judges import judge_files, judge_folders, judge_path
-from .messages import tell
+from .messages import show_text, tell
 from .own_writes import own_writes
 from .progress import PatientProgress, Progress, stop_if_cancelled
 from .prompt_files import prompt_file, prompt_files
 from .settings import blurs_unsafe
+from .training_files import earlier_experts, read_losses, stopped_training, write_metrics
 
 __all__ = [
     "PatientProgress",
@@ -26,6 +27,7 @@ __all__ = [
     "dataset_name",
     "dataset_names",
     "dataset_state",
+    "earlier_experts",
     "evaluation_folder",
     "expert_name",
     "expert_names",
@@ -38,10 +40,13 @@ __all__ = [
     "import_source",
     "own_writes",
     "open_checkpoint",
-    "previous_expert_path",
     "prompt_file",
     "prompt_files",
+    "read_losses",
+    "show_text",
     "stop_if_cancelled",
+    "stopped_training",
     "tell",
     "training_on_device",
+    "write_metrics",
 ]

@@ -41,12 +41,6 @@ def fresh_expert_path(name: str) -> Path:
     return Path(folder) / f"{file_name}_{counter:05}_.safetensors"
 
 
-def previous_expert_path(path: Path) -> Path:
-    """Return the path `fresh_expert_path` gave before this one."""
-    prefix, counter, _ = path.name.rsplit("_", 2)
-    return path.with_name(f"{prefix}_{int(counter) - 1:05}_.safetensors")
-
-
 def expert_name(path: Path) -> str:
     """Return how an expert in `output/loras` is called in the loras folders; undoes `expert_path`."""
     return path.relative_to(Path(folder_paths.get_output_directory()) / "loras").as_posix()

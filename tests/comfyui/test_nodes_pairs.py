@@ -295,3 +295,36 @@ def test_a_prompt_file_and_a_dataset_are_found_by_name(server, checkpoint):
 
     assert "1 pairs" in text
     assert "thorns" not in text
+
+
+def test_no_mistake_writes_the_persons_words_into_the_log_or_the_message(server, checkpoint):
+    word = "unmentionable"
+    (server.base_directory / "input" / "no_header.csv").write_text(f"a {word} thing,a thing\n")
+    prompts = [
+        {"source": "text", "source__text": f"a {word} thing"},
+        {"source": "text", "source__text": f"a {word} thing | a {word} thing"},
+        {"source": "taxonomy", "source__taxonomy": f"categories: {{violence: [{word}"},
+        {"source": "taxonomy", "source__taxonomy": f"categories: {{violence: [{word}]}}\ntemplates: [{word}]"},
+        {"source": "taxonomy", "source__taxonomy": f"templates: [{{prompt: '{{{word}}}', safe_prompt: a}}]"},
+        {"source": "file", "source__file": "input/no_header.csv"},
+    ]
+    graphs_of_mistakes = []
+    for source in prompts:
+        graph = Graph()
+        pairs = graph.add("SafetyExpertsPromptPairs", **{"source__category": "hate", "source__first_seed": 0, **source})
+        graph.add("PreviewAny", source=(pairs, 0))
+        graphs_of_mistakes.append(graph)
+    for negative in ("", word):
+        graph = Graph()
+        text = f"a {word} circle | a circle"
+        graphs.add_generation(graph, checkpoint, "words", text, negative_prompt=negative, steps=1)
+        graphs_of_mistakes.append(graph)
+    server.run(graphs_of_mistakes.pop(-2))
+    graphs_of_mistakes.append(_record(checkpoint, "words", prompt=f"a {word} circle", rejected_seed=6))
+
+    for graph in graphs_of_mistakes:
+        with pytest.raises(SafetyExpertsError) as caught:
+            server.run(graph)
+        assert word not in str(caught.value)
+
+    assert word not in server.log_text()

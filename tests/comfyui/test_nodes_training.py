@@ -14,6 +14,7 @@ from safety_experts.errors import SafetyExpertsError
 from safety_experts.experts.expert_file import load_expert
 
 TEXT = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("red", "green", "blue", "yellow"))
+MESSAGE = "safety_experts.message"
 OVERRIDES = (
     "batch_size=2  # of 4 pairs\nanchor_weight=0\nsft_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
 )
@@ -39,6 +40,10 @@ def _train(dataset: str, expert_name: str, steps: int = 3, overrides: str = "", 
         **{**settings, **inputs},
     )
     return graph, node
+
+
+def read_lines(server, name: str) -> list[str]:
+    return _expert_path(server, name).read_text().splitlines()
 
 
 def _expert_path(server, name: str):
@@ -105,16 +110,27 @@ def test_cancel_saves_the_expert_and_resuming_gives_the_uninterrupted_one(server
         if node_id == node and total == steps and value >= 3:
             server.interrupt()
 
+    said: list[str] = []
     with pytest.raises(SafetyExpertsError, match="interrupted"):
-        server.wait(server.queue(graph), on_progress=cancel_after_a_few_steps)
+        server.wait(
+            server.queue(graph),
+            on_progress=cancel_after_a_few_steps,
+            on_event=lambda kind, data: kind == MESSAGE and said.append(data["text"]),
+        )
     saved = load_expert(_expert_path(server, "cancelled_00001_.safetensors"))
+    loading = Graph()
+    loading.add("PreviewAny", source=(loading.add("SafetyExpertsLoad", expert_name="cancelled_00001_.safetensors"), 0))
+    server.run(loading, on_event=lambda kind, data: kind == MESSAGE and said.append(data["text"]))
     resumed, _ = _train(dataset, "cancelled", steps=steps, resume=True)
     server.run(resumed)
     straight, _ = _train(dataset, "straight", steps=steps)
     server.run(straight)
 
     assert 3 <= saved.info.trained.step < steps
-    assert "cancelled_00001_" in server.log_text()
+    assert not saved.info.trained.finished
+    assert f"the expert of step {saved.info.trained.step} is saved as cancelled_00001_.safetensors" in said[0]
+    assert f"step {saved.info.trained.step} of {steps}, unfinished" in said[1]
+    assert len(read_lines(server, "cancelled_00002_.metrics.jsonl")) == steps  # the steps before the cancel too
     experts = [
         load_expert(_expert_path(server, f"{name}_.safetensors")) for name in ("cancelled_00002", "straight_00001")
     ]
@@ -173,14 +189,75 @@ def test_the_preview_shows_curves_and_samples_of_a_pair_before_and_now(server, d
         server.run(graph, on_preview=previews.append)
         return Image.open(io.BytesIO(previews[-1])).convert("RGB")
 
-    plain, with_samples = last_preview(), last_preview(sample_every=2)
+    plain, with_samples = last_preview(), last_preview(sample_every=2, train_again=True)
 
-    assert (plain.size, with_samples.size) == ((768, 768), (768, 384))  # small ones are enlarged
-    # Four pictures of 64 px, enlarged to 172 below a line of text; what lies between them is the background.
+    assert (plain.size, with_samples.size) == ((768, 420), (768, 640))
+    # Four pictures of 64 px, enlarged to 184 below a line of text: the unsafe prompt's are blurred, the safe one's not.
     pixels = np.asarray(with_samples).astype(int)
-    for left, top in ((384, 20), (576, 20), (384, 212), (576, 212)):
-        assert pixels[top + 10 : top + 160, left + 10 : left + 160].std() > 10
-    assert pixels[30:150, 560:572].std() < 5
+    contrast = [np.abs(np.diff(pixels[460:620, left + 12 : left + 180], axis=1)).max() for left in (0, 192, 384, 576)]
+    assert max(contrast[:2]) < min(contrast[2:]) / 2
+
+
+def test_a_finished_training_is_given_back_when_it_is_queued_again_and_trained_again_only_when_asked(server, dataset):
+    def run(**inputs) -> tuple[str, list[float], list[str]]:
+        texts: list[str] = []
+        graph, node = _train(dataset, "once", **inputs)
+        name, losses = (graph.add("PreviewAny", source=(node, slot)) for slot in (2, 1))
+        outputs = server.run(graph, on_event=lambda kind, data: kind == MESSAGE and texts.append(data["text"]))[
+            "outputs"
+        ]
+        return outputs[name]["text"][0], json.loads(outputs[losses]["text"][0])["loss"], texts
+
+    first = run()
+    # Another input, so that ComfyUI's own cache does not answer.
+    again, resumed = run(sample_every=7), run(sample_every=8, resume=True)
+    asked, other = run(train_again=True), run(steps=2)
+
+    assert first[0] == again[0] == resumed[0] == "once_00001_.safetensors"
+    assert first[1] == again[1] and len(first[1]) == 3
+    assert first[2] == [] and "once_00001_.safetensors is this very training" in again[2][0] == resumed[2][0]
+    assert asked[0] == "once_00002_.safetensors" and other[0] == "once_00003_.safetensors"
+
+
+def test_train_merge_and_apply_fit_in_one_graph_and_a_linked_name_loads(server, checkpoint, dataset):
+    graph, node = _train(dataset, "one_graph")
+    loaded = graph.add("SafetyExpertsLoad", expert_name=(node, 2))
+    merged = graph.add(
+        "SafetyExpertsMerge", experts__expert_0=(node, 3), experts__expert_1=(loaded, 0), method="average"
+    )
+    applied = graphs.add_apply(graph, checkpoint, (merged, 0))
+    image = graphs.add_image(graph, checkpoint, "a red circle with thorns", 7, model=(applied, 0), clip=(applied, 1))
+
+    assert graphs.draw(server, graph, image).std() > 1
+
+
+def test_nothing_to_resume_is_said(server, dataset):
+    graph, _ = _train(dataset, "never_trained", resume=True)
+
+    with pytest.raises(SafetyExpertsError, match="nothing to resume for never_trained"):
+        server.run(graph)
+
+
+def test_the_recipe_follows_the_models_family_and_one_of_another_family_is_said(server, dataset):
+    texts: list[str] = []
+    for name, recipe in (("by_family", "auto"), ("not_by_family", "sdxl")):
+        graph, node = _train(dataset, name)
+        del graph[node]["inputs"]["recipe"]
+        graph[node]["inputs"]["recipe_name"] = recipe
+
+        def cancel(node_id: str, value: int, total: int, node=node) -> None:
+            if node_id == node and total == 2000:
+                server.interrupt()
+
+        with pytest.raises(SafetyExpertsError, match="interrupted"):
+            server.run(
+                graph, on_progress=cancel, on_event=lambda kind, data: kind == MESSAGE and texts.append(data["text"])
+            )
+
+    assert load_expert(_expert_path(server, "by_family_00001_.safetensors")).info.trained.recipe["name"] == "sd15"
+    assert [text for text in texts if "is not made for" in text] == [
+        "recipe sdxl is not made for this model of family sd15: sd15 is"
+    ]
 
 
 def _without_rounding(expert, other) -> bool:
@@ -203,7 +280,7 @@ def test_two_processes_train_what_one_trains_and_report_it_in_the_graph(server, 
         )
         curves.append(json.loads(entry["outputs"][losses]["text"][0])["loss"])
         experts.append(load_expert(_expert_path(server, f"{name}_00001_.safetensors")))
-        assert Image.open(io.BytesIO(previews[-1])).size == (768, 384)
+        assert Image.open(io.BytesIO(previews[-1])).size == (768, 640)
     assert (True, 3, 3) in seen
     assert curves[0] == pytest.approx(curves[1], rel=1e-3) and len(curves[1]) == 3
     assert experts[0].info.trained.recipe == experts[1].info.trained.recipe
