@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import graphs
@@ -111,6 +112,24 @@ def test_a_mistake_shows_its_sentence_once_without_a_click(frontend, name):
 
     assert len(ours) == 1
     assert "custom_nodes" not in ours[0] and "InputError" not in ours[0]
+
+
+def test_a_finished_training_queued_again_is_given_back_with_a_message_on_the_screen(server, frontend):
+    frontend.open_api_graph(training(expert_name="done"), "again")
+    frontend.press_run()
+    expert = server.base_directory / "output" / "loras" / "done_00001_.safetensors"
+    deadline = time.monotonic() + 300
+    while not expert.exists():
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    frontend.page.wait_for_timeout(3000)
+    frontend.set_widget("SafetyExpertsTrain", sample_every=1)  # or ComfyUI's own cache answers
+    frontend.press_run()
+
+    (text,) = toasts(frontend, "again", "is this very training, finished")
+
+    assert "done_00001_.safetensors" in text and "train_again" in text
+    assert [path.name for path in expert.parent.glob("*.safetensors")] == [expert.name]
 
 
 @pytest.mark.parametrize("name", ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"])
