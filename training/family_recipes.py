@@ -1,18 +1,25 @@
 """Which shipped recipe is for which model family."""
 
-# SD3 and FLUX have no recipe of their own yet: they take the one with the gentlest learning rate.
-_RECIPES = {"sd15": "sd15", "sd20": "sd15", "sdxl": "sdxl"}
-_OTHERWISE = "sdxl"
+# Recipe -> families it is made for; the first one of a family is where to start. Other recipes are for any family.
+_MADE_FOR = {
+    "sd15": ("sd15", "sd20"),
+    "sdxl": ("sdxl",),
+    "sdxl-anime": ("sdxl",),
+    "z-image": ("z-image",),
+    "qwen-image": ("qwen-image",),
+    "flux2-klein": ("flux2",),
+}
+_OTHERWISE = "z-image"  # the other families that can be trained predict a velocity, as Z-Image does
 
 
 def recipe_for_family(family: str) -> str:
     """Return the name of the shipped recipe to start from."""
-    return _RECIPES.get(family, _OTHERWISE)
+    return next((recipe for recipe, families in _MADE_FOR.items() if family in families), _OTHERWISE)
 
 
 def family_mismatch(recipe_name: str, family: str) -> str | None:
     """Say in a sentence that a shipped recipe is for another family, or None; recipes for any family fit all."""
     suitable = recipe_for_family(family)
-    if recipe_name not in _RECIPES.values() or recipe_name == suitable:
+    if recipe_name == suitable or family in _MADE_FOR.get(recipe_name, (family,)):
         return None
     return f"recipe {recipe_name} is not made for this model of family {family}: {suitable} is"

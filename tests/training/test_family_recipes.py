@@ -5,7 +5,7 @@ from safety_experts.training.family_recipes import family_mismatch, recipe_for_f
 from safety_experts.training.recipe import shipped_recipes
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sd20", "sdxl", "z-image", "qwen-image", "flux2", "sd3", "flux"])
 def test_every_family_has_a_shipped_recipe_that_fits_it(family):
     name = recipe_for_family(family)
 
@@ -21,6 +21,9 @@ def test_every_family_has_a_shipped_recipe_that_fits_it(family):
         ("sd15", "sd20", True),
         ("toy", "sdxl", True),
         ("duo", "sd3", True),
+        ("sdxl-anime", "sdxl", True),
+        ("sdxl", "z-image", False),
+        ("z-image", "sd3", True),
     ],
 )
 def test_a_recipe_of_another_family_is_said(recipe, family, fits):
