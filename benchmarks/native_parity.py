@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = os.environ.get("COMFYUI_PATH")
@@ -23,6 +24,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint  # noqa: E402
 from safety_experts.evaluation.machine import describe_machine  # noqa: E402
@@ -30,9 +32,11 @@ from safety_experts.models.checkpoint import load_checkpoint  # noqa: E402
 from safety_experts.nodes.native.base import NativeBase  # noqa: E402
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset  # noqa: E402
 from safety_experts.preferences.pairs import PromptPair  # noqa: E402
+from safety_experts.seeding import seeded_generator  # noqa: E402
 from safety_experts.toy.world import prompt_for, render_scene  # noqa: E402
 from safety_experts.training.recipe import load_recipe  # noqa: E402
 from safety_experts.training.trainer import TrainResult, train_expert  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 COLOURS = ("red", "green", "blue", "yellow")
 
@@ -50,6 +54,46 @@ def load_native(path: Path) -> NativeBase:
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path))
     return NativeBase(model, clip, vae)
+
+
+class Drawn:
+    """A text encoder whose conditions are random numbers by the prompt: the same for both paths."""
+
+    def __init__(self, layout, names: tuple[str, str]):
+        self.hidden, self.pooled = names
+        vector = getattr(layout, "vector_dim", None)
+        self.pooled_dim = vector - 6 * 256 if vector else getattr(layout, "pooled_dim", 0)
+        self.context_dim = layout.context_dim
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        generators = [seeded_generator(0, prompt) for prompt in prompts]
+        given = {self.hidden: torch.stack([torch.randn(77, self.context_dim, generator=g) for g in generators])}
+        if self.pooled_dim:
+            given[self.pooled] = torch.stack([torch.randn(self.pooled_dim, generator=g) for g in generators])
+        return given
+
+
+class ModelAlone(NativeBase):
+    """ComfyUI's model of a small checkpoint, whose text encoders are too small for ComfyUI."""
+
+    def __init__(self, checkpoint):
+        weights, metadata = comfy.utils.load_torch_file(str(checkpoint.path), return_metadata=True)
+        prefix = "model.diffusion_model."
+        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        own |= {key: value for key, value in weights.items() if key in ("v_pred", "ztsnr")}
+        with torch.inference_mode():
+            self._model = comfy.sd.load_diffusion_model_state_dict(own, metadata=metadata)
+        self._policy, self._checkpoint, self.id, self.path = None, checkpoint, checkpoint.id, checkpoint.path
+
+    @property
+    def encoding_id(self) -> str:
+        return f"drawn-{self._checkpoint.encoding_id}"
+
+    def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        return self._checkpoint.load_vae(dtype, device)
+
+    def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        return Drawn(self._checkpoint._layout, ("cross_attn", "pooled_output"))
 
 
 def compare(ours: TrainResult, native: TrainResult) -> dict:
@@ -75,18 +119,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recipe", default="toy")
+    parser.add_argument("--checkpoint", type=Path, help="a small one; conditions are random numbers then")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(ARGUMENTS)
-    folder, path = Path(tempfile.mkdtemp()), ensure_toy_checkpoint()
+    folder, path = Path(tempfile.mkdtemp()), arguments.checkpoint or ensure_toy_checkpoint()
     dataset = make_dataset(folder / "pairs")
     recipe = load_recipe(arguments.recipe, ["precision=fp32", "batch_size=2", f"steps={arguments.steps}"])
     tokenizer = Path(ROOT) / "comfy" / "sd1_tokenizer"
-    by_checkpoint = train_expert(
-        load_checkpoint(path, tokenizer_folder=tokenizer), dataset, recipe, folder / "a.safetensors", device="cpu"
-    )
-    base = load_native(path)
+    checkpoint = load_checkpoint(path, tokenizer_folder=tokenizer)
+    if arguments.checkpoint:
+        checkpoint.load_text_encoder = lambda **_: Drawn(checkpoint._layout, ("hidden_states", "pooled"))
+    by_checkpoint = train_expert(checkpoint, dataset, recipe, folder / "a.safetensors", device="cpu")
+    base = ModelAlone(checkpoint) if arguments.checkpoint else load_native(path)
     native = train_expert(base, dataset, recipe, folder / "b.safetensors", device="cpu", policy_loader=base.load_policy)
-    found = compare(by_checkpoint, native)
+    found = {"family": checkpoint.family, **compare(by_checkpoint, native)}
     print(json.dumps(found, indent=2))
     if arguments.out:
         arguments.out.write_text(json.dumps({**describe_machine("diffusers"), **found}, indent=2) + "\n")

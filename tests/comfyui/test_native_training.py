@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import graphs
@@ -171,6 +172,23 @@ def test_a_lora_on_the_model_is_in_the_reference_and_not_in_the_file(server, par
     base = load_expert(expert_path(server, "on_top")).info.base_checkpoint
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert len(base.patches) == 1
+
+
+def test_another_base_is_said_and_one_of_other_latents_is_refused(server, parts, dataset):
+    datasets = server.base_directory / "datasets"
+    for family in ("sd20", "flux"):  # the first draws in SD1.5's latents, the second in others
+        shutil.copytree(datasets / dataset, datasets / family)
+        info = json.loads((datasets / family / "dataset.json").read_text())
+        info["base_checkpoint"] = {"name": "other.safetensors", "sha256": "0" * 64, "family": family}
+        (datasets / family / "dataset.json").write_text(json.dumps(info))
+    graph = Graph()
+    train(graph, "sd20", "another", **add_parts(graph, parts))
+    server.run(graph)
+    assert "the dataset was drawn by other.safetensors" in server.log_text()
+    graph = Graph()
+    train(graph, "flux", "refused", **add_parts(graph, parts))
+    with pytest.raises(SafetyExpertsError, match="whose latents are not those of"):
+        server.run(graph)
 
 
 @pytest.mark.parametrize(
