@@ -37,6 +37,7 @@ import comfy.model_base as bases  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import folder_paths  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
+from safety_experts.errors import InputError  # noqa: E402
 from safety_experts.evaluation.machine import describe_machine  # noqa: E402
 from safety_experts.experts.expert import Expert  # noqa: E402
 from safety_experts.experts.expert_file import load_expert, save_expert  # noqa: E402
@@ -488,6 +489,39 @@ def stock_loader(name: str, case: Case, policy: NativePolicy, batch: Batch, fold
     }
 
 
+def refusals() -> dict[str, str]:
+    """Return what is said of models that cannot be trained on, by kind; empty where one is let through."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    class NunchakuLinear(nn.Linear):
+        pass
+
+    class GGMLParameter(nn.Parameter):
+        pass
+
+    def spoil(patcher: ModelPatcher, kind: str) -> None:
+        inner = patcher.model.diffusion_model
+        if kind == "compiled":
+            set_torch_compile_wrapper(patcher, backend="eager")
+        elif kind == "nunchaku":
+            inner.extra = NunchakuLinear(2, 2)
+        elif kind == "GGUF":
+            inner.time_embed[0].weight = GGMLParameter(torch.ones(2, 2))
+        else:
+            inner.time_embed[0].weight._layout_cls = "TensorWiseINT8Layout"
+
+    said = {}
+    for kind in ("compiled", "nunchaku", "GGUF", "int8"):
+        patcher = build(CASES["sd15"], torch.float32)
+        spoil(patcher, kind)
+        try:
+            NativePolicy(patcher, load_recipe("toy")).close()
+            said[kind] = ""
+        except InputError as error:
+            said[kind] = str(error)
+    return said
+
+
 def is_right(found: dict) -> bool:
     """Say whether everything is as it must be."""
     steps = found["two_steps"]
@@ -522,12 +556,15 @@ def main() -> int:
             found = {"right": False, "error": f"{type(error).__name__}: {str(error)[:200]}"}
         results[name] = found
         print(f"{name:16} {time.monotonic() - start:5.1f} s  {json.dumps(found)}", flush=True)
+    refused = refusals()
+    print(f"{'refusals':16}          {json.dumps(refused)}")
     if arguments.out:
         from comfyui_version import __version__ as comfyui_version
 
-        report = {"comfyui": comfyui_version, **describe_machine(), "families": results}
+        report = {"comfyui": comfyui_version, **describe_machine(), "families": results, "refusals": refused}
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if all(found["right"] for found in results.values()) else 1
+    named = all(kind.lower() in text.lower() for kind, text in refused.items())
+    return 0 if named and all(found["right"] for found in results.values()) else 1
 
 
 if __name__ == "__main__":

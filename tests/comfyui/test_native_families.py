@@ -21,6 +21,7 @@ def test_families_train_and_load_in_the_stock_loader():
     finished = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "COMFYUI_PATH": str(find_comfyui())}, timeout=300
     )
-    found = [json.loads(line[line.index("{") :]) for line in finished.stdout.splitlines() if "{" in line]
+    *found, refused = [json.loads(line[line.index("{") :]) for line in finished.stdout.splitlines() if "{" in line]
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert set(refused) == {"compiled", "nunchaku", "GGUF", "int8"} and all(refused.values())
     assert len(found) == len(QUICK) and all(family["right"] for family in found)
