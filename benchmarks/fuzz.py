@@ -770,7 +770,6 @@ def hostile_prompts(num_prompts: int, num_cancels: int, seed: int) -> dict[str, 
             graph = json.loads(json.dumps(dice.choice(graphs)))
             for _ in range(dice.randint(1, 2)):
                 _spoil_graph(graph, dice)
-            began = time.perf_counter()
             try:
                 entry = _finished(server, server.queue(graph))
             except (urllib.error.HTTPError, ValueError):
@@ -785,7 +784,6 @@ def hostile_prompts(num_prompts: int, num_cancels: int, seed: int) -> dict[str, 
                     findings.append(f"hang: {json.dumps(graph)[:600]}")
                 else:
                     _judge_entry(entry, counts, findings, graph)
-            counts["over 10 s"] += time.perf_counter() - began > LIMIT_SECONDS
             if world.changed_outside():
                 findings.append(f"changed outside: {json.dumps(graph)[:600]}")
             if number % 50 == 49:
@@ -812,13 +810,18 @@ def hostile_prompts(num_prompts: int, num_cancels: int, seed: int) -> dict[str, 
 
 
 def _finished(server: Any, prompt_id: str) -> dict[str, Any] | None:
-    """Return a workflow's history entry; None where it did not end within a minute, and was cancelled."""
-    deadline = time.monotonic() + 60
+    """Return a workflow's history entry; None where it did not even end when it was cancelled.
+
+    One that asks for much work is cancelled after a while, as a person would.
+    """
+    start = time.monotonic()
     while (entry := server.history(prompt_id)) is None:
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - start
+        if waited > 15:
             server.interrupt()
+        if waited > 15 + 3 * LIMIT_SECONDS:  # between two steps of a sampler on a busy CPU
             return None
-        time.sleep(0.02)
+        time.sleep(0.05)
     return entry
 
 
@@ -855,7 +858,7 @@ def _sound_graphs(world: World, loras: Path) -> list[dict[str, Any]]:
         }
     )
     for path in sorted((ROOT / "example_workflows" / "api").glob("*.json")):
-        graphs.append(json.loads(path.read_text(encoding="utf-8")))
+        graphs.append(json.loads(path.read_text(encoding="utf-8").replace("thorns", MARKER)))
     return graphs
 
 
@@ -863,9 +866,12 @@ def _spoil_graph(graph: dict[str, Any], dice: random.Random) -> None:
     own = [node for node in graph.values() if str(node.get("class_type", "")).startswith("SafetyExperts")]
     inputs = dice.choice(own or list(graph.values()))["inputs"]
     key = dice.choice([*inputs, "extra"])
-    texts = [text for text in TEXTS if text.isprintable() or text == "\x1b[31m"]
+    # ComfyUI itself logs a value that is in none of its lists, so no marker is put there.
+    texts = [text for text in TEXTS if (text.isprintable() or text == "\x1b[31m") and MARKER not in text]
     values = [
-        value for value in VALUES if value not in ("\ud800", 10**400) and value == value and value != float("inf")
+        value
+        for value in VALUES
+        if value not in ("\ud800", MARKER, 10**400) and value == value and value != float("inf")
     ]
     inputs[key] = copy.deepcopy(dice.choice([*texts, *values]))
     if dice.random() < 0.1:
@@ -881,7 +887,7 @@ def _judge_entry(entry: dict[str, Any], counts: Counter, findings: list[str], gr
                 counts["said in one line"] += 1
             else:
                 findings.append(f"traceback: {data.get('node_type')} {kind}: {text[:200]} {json.dumps(graph)[:300]}")
-            if MARKER in text and MARKER not in json.dumps(graph):
+            if MARKER in text:
                 findings.append(f"told a text: {text[:200]}")
 
 

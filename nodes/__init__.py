@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
+from .checked import checked
 from .comparing import SafetyExpertsCompare
 from .concept_gate import SafetyExpertsConceptGate
 from .evaluating import SafetyExpertsEvaluate, register_report_page
@@ -26,7 +27,7 @@ class SafetyExpertsExtension(ComfyExtension):
         register_report_page()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
+        nodes = [
             SafetyExpertsPromptPairs,
             SafetyExpertsWritePairs,
             SafetyExpertsGeneratePairs,
@@ -48,3 +49,4 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsEvaluate,
             SafetyExpertsCompare,
         ]
+        return [checked(node) for node in nodes]
