@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..errors import InputError
 
 _PLAIN = (str, int, float, bool)
+_OF_VALUES = {"STRING", "INT", "FLOAT", "BOOLEAN", "COMBO", "*"}
 _CORE_CONTAINERS = {"CONDITIONING", "LATENT"}  # which are a list and a dict; PROMPT_PAIRS is a list of our own class
 
 
@@ -53,9 +54,10 @@ def _as_dict(value: Any, name: str) -> dict[str, Any]:
 
 
 def _check_one(item: Any, name: str, value: Any) -> None:
-    if isinstance(item, io.WidgetInput) or value is None:
+    kinds = set(item.get_io_type().split(","))
+    if isinstance(item, io.WidgetInput) or value is None or kinds & _OF_VALUES:
         return
-    kind = item.get_io_type()
-    is_own_container = kind in _CORE_CONTAINERS and type(value) in (list, dict)
-    if kind != "*" and type(value) in (*_PLAIN, list, dict) and not is_own_container:
-        raise InputError(f"input {name!r} needs a link to a {kind}, not a value; connect a node that makes one")
+    is_cores_own = kinds & _CORE_CONTAINERS and type(value) in (list, dict)
+    if type(value) in (*_PLAIN, list, dict) and not is_cores_own:
+        kind = " or ".join(sorted(kinds))
+        raise InputError(f"input {name!r} needs a link to {kind}, not a value; connect a node that makes one")

@@ -6,9 +6,9 @@ import pytest
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({"expert": "hate", "expert_name": "x"}, "input 'expert' needs a link to a EXPERT, not a value"),
-        ({"expert": True, "expert_name": "x"}, "input 'expert' needs a link to a EXPERT"),
-        ({"expert": {"a": 1}, "expert_name": "x"}, "input 'expert' needs a link to a EXPERT"),
+        ({"expert": "hate", "expert_name": "x"}, "input 'expert' needs a link to EXPERT, not a value"),
+        ({"expert": True, "expert_name": "x"}, "input 'expert' needs a link to EXPERT"),
+        ({"expert": {"a": 1}, "expert_name": "x"}, "input 'expert' needs a link to EXPERT"),
     ],
 )
 def test_a_value_where_a_link_belongs_is_named(server, inputs, words):
@@ -30,4 +30,4 @@ def test_an_expert_of_a_merge_that_is_a_value_is_named(server):
     while (entry := server.history(prompt_id)) is None:
         pass
     (error,) = [data for event, data in entry["status"]["messages"] if event == "execution_error"]
-    assert "input 'expert_0' needs a link to a EXPERT" in error["exception_message"]
+    assert "input 'expert_0' needs a link to EXPERT" in error["exception_message"]
