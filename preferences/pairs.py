@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 
 from ..errors import InputError
-from ..files import read_text, write_atomically
+from ..files import read_text, remove_leftovers, write_atomically
 from ..plain_yaml import load_yaml
 from .prompt_csv import read_csv
 from .prompt_pair import PromptLine, PromptPair, number_lines, parse_json_line
@@ -82,6 +82,7 @@ def parse_prompt_pairs(text: str, category: str, first_seed: int = 0) -> list[Pr
 
 def write_prompt_pairs(path: str | os.PathLike, pairs: Iterable[PromptPair]) -> None:
     """Write `prompt_pairs.jsonl`: one pair a line, with its id; nothing half-written is left behind."""
+    remove_leftovers(path)
     with write_atomically(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for pair in pairs:
             record = {
