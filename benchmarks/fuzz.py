@@ -696,7 +696,7 @@ def judge(world: World, code: int | None, text: str, arguments: Sequence[str]) -
     told = errors.replace(f"/{MARKER}", "") if "error: recipe" not in errors else ""
     if MARKER in told and not any(MARKER in word for word in arguments):
         return f"told a text: {errors[-200:]}"
-    if "\x1b" in errors + printed:
+    if "\x1b" in errors + printed and not any("\x1b" in word for word in arguments):
         return "other: an escape sequence of a file on the terminal"
     if leftovers := [path.name for path in world.work.rglob(".*-????????.safetensors")]:
         return f"other: left {leftovers[0]}"
