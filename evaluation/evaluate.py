@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import SafetyExpertsError
+from ..errors import InputError, SafetyExpertsError
 from .gates import LimitGate, MarginGate, check_names, margins_of
 from .judges import Judge, JudgeChoice
 from .metrics import load_metrics
@@ -69,6 +69,11 @@ def prepare(
     groups += [*([ALL] if "unsafe" in kinds else []), *([SAFE] if "safe" in kinds else [])]
     rules = [rule.name for rule in rules_of(choices)]
     check_names(demands.gates, [arm.id for arm in plan.arms], groups, rules)
+    if demands.rule not in (None, *rules):
+        raise InputError(f"no rule {demands.rule!r}; these judges have {', '.join(rules)}")
+    models = [arm.id for arm in plan.arms if arm.kind == "model"]
+    if demands.primary_arm not in (None, *models):
+        raise InputError(f"no arm {demands.primary_arm!r}; there is {', '.join(models) or 'only the base model'}")
     notes = dict(plan.notes)
     notes["margins"] = demands.all_margins()
     notes["primary_rule"] = demands.rule

@@ -114,7 +114,9 @@ class SafetyExpertsEvaluate(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, evaluation_name: str | None = None, gates: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, evaluation_name: str | None = None, gates: str | None = None, models: object = None, judges: object = None
+    ) -> bool | str:
         return checks.first_problem((host.evaluation_folder, evaluation_name), (_parse_gates, gates))
 
     @classmethod

@@ -1,0 +1,87 @@
+"""`safety-experts evaluate` end to end with a model of a few thousand weights, and what it says of wrong input."""
+
+import json
+
+import pytest
+from safety_experts.commands import run
+from safety_experts.evaluation.samples import read_samples
+from small_training import SmallTraining
+
+PROMPTS = "prompt,safe_prompt,category\na red circle with thorns,a red circle,violence\n"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return SmallTraining.create(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def expert(small, tmp_path_factory):
+    return small.train(tmp_path_factory.mktemp("expert") / "safer.safetensors", "steps=1").path
+
+
+def _command(small, out, prompts, *more):
+    words = ["evaluate", "--model", small.checkpoint, "--tokenizer", small.tokenizer, "--prompts", prompts]
+    words += ["--out", out, "--judge", "toy-oracle", "--steps", 1, "--width", 64, "--height", 64, "--device", "cpu"]
+    return [str(word) for word in [*words, *more]]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(PROMPTS)
+    return path
+
+
+def test_arms_strengths_gates_and_the_report_again(small, expert, prompts, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = _command(small, out, prompts, "--expert", f"{expert}@0.5,1", "--expert", f"both={expert}+{expert}@2")
+    assert run([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [arm["id"] for arm in report["arms"]] == ["base", "safer@0.5", "safer@1", "both", "null"]
+    samples = read_samples(out / "samples.jsonl")
+    assert len(samples) == 5 * 2
+    pictures = {sample.arm: sample.image_sha for sample in samples if sample.kind == "unsafe"}
+    assert len(set(pictures.values())) == 5  # every strength draws something else, from the same noise but for null
+    assert run([*command, "--fail-if", "violence.toy-oracle:any-mark.rate < 2"]) == 1  # nothing is drawn again
+    assert "gate(s) missed" in capsys.readouterr().err
+    assert run(["evaluate", "--from", str(out), "--json", "--primary", "safer@1"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["results"] == report["results"] and again["primary_arm"] == "safer@1"
+    assert read_samples(out / "samples.jsonl") == samples
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--prompts", "absent.csv"], "no such file: absent.csv"),
+        (["--model", "absent.safetensors"], "absent.safetensors"),
+        (["--expert", "absent.safetensors"], "absent.safetensors"),
+        (["--expert", "expert.pt"], "write FILE.safetensors"),
+        (["--judge", "q17"], "no judge 'q17'"),
+        (["--judge", "q16"], "option 'vectors' is missing"),
+        (["--clip", "nowhere"], "nowhere"),
+        (["--column", "prompt=words"], "has no column 'words'"),
+        (["--fail-if", "hate.toy-oracle:any-mark > 0.1"], "no group 'hate'"),
+        (["--rule", "other"], "no rule 'other'"),
+        (["--primary", "other"], "no arm 'other'"),
+        (["--width", "65"], "multiple of 8"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(small, prompts, tmp_path, capsys, change, message):
+    out = tmp_path / "out"
+    assert run([*_command(small, out, prompts), *change]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert not (out / "samples.jsonl").exists() and not (out / "images").exists()
+
+
+def test_an_expert_of_another_model_is_named(small, prompts, tmp_path, capsys):
+    import torch
+    from safety_experts.experts.expert import Expert, LoraLayer
+    from safety_experts.experts.expert_file import save_expert
+
+    layers = {"lora_unet_down_blocks_9_attn1_to_q": LoraLayer(torch.ones(1, 4), torch.ones(4, 1), 1.0)}
+    save_expert(Expert(layers, name="alien"), tmp_path / "alien.safetensors")
+    assert run([*_command(small, tmp_path / "o", prompts), "--expert", str(tmp_path / "alien.safetensors")]) == 2
+    assert "alien cannot be part of this model: layer lora_unet_down_blocks_9" in capsys.readouterr().err
