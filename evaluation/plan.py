@@ -192,11 +192,12 @@ def _check_same(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> No
         if there["generation"].get(name) != value:
             was = there["generation"].get(name)
             raise InputError(f"{path}: {name} is {was!r} there and {value!r} here; use the same, or another --out")
-    same = [("model", "sha256"), ("images_per_prompt",), ("batch_size",)]
+    same = [("model", "sha256"), ("model", "patches"), ("model", "functions"), ("images_per_prompt",), ("batch_size",)]
     for keys in same:
-        before, now = there, wanted
+        before: Any = there
+        now: Any = wanted
         for key in keys:
-            before, now = before[key], now[key]
+            before, now = before.get(key), now.get(key)
         if before != now:
             name = ".".join(keys)
             raise InputError(f"{path}: {name} is {before!r} there and {now!r} here; use the same, or another --out")

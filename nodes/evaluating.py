@@ -23,7 +23,8 @@ from ..evaluation.routes import add_report_routes
 from ..evaluation.schema import ALL
 from ..evaluation.suites import PRESETS, suite_of_pairs
 from . import checks, host, pictures, sampling, sockets
-from .model_identity import changes_sha256
+from .model_identity import changes_of
+from .native.identity import identify
 from .sampling import SamplerSettings
 
 MAX_MODELS, MAX_JUDGES, MOST_SHOWN = 16, 8, 16
@@ -68,7 +69,6 @@ class SafetyExpertsEvaluate(io.ComfyNode):
                     default="my_evaluation",
                     tooltip="An evaluation of this name and these settings goes on; its pictures are not drawn again.",
                 ),
-                sockets.checkpoint_input(tooltip="The file base_model was loaded from; recorded with its hash."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
                 io.Int.Input("steps", default=20, min=1, max=10000),
@@ -121,17 +121,18 @@ class SafetyExpertsEvaluate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, base_model, models, clip, vae, prompt_pairs, judges, evaluation_name, checkpoint, sampler_name, scheduler,
+        cls, base_model, models, clip, vae, prompt_pairs, judges, evaluation_name, sampler_name, scheduler,
         steps, cfg, width, height, batch_size, preset, images_per_prompt, other_seeds, labels="", gates="",
         show_flagged=False,
     ) -> io.NodeOutput:  # fmt: skip
+        base = identify(base_model)
         if clip is None:
-            raise InputError(f"clip is empty: {checkpoint} holds no text encoder; load one with CLIPLoader")
+            raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
         in_order = _in_order(models)
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
         arms = _arms(in_order, labels or "")
         plan = Plan(
-            model=host.base_checkpoint(checkpoint).model_dump(mode="json") | {"changes": changes_sha256(base_model)},
+            model=base.model_dump(mode="json") | changes_of(base_model),
             generation=asdict(settings),
             arms=(BASE_ARM, *arms, *((NULL_ARM,) if other_seeds else ())),
             suites=(suite_of_pairs("prompts", prompt_pairs).sampled(*PRESETS[preset]),),
@@ -211,7 +212,7 @@ def _arms(models: Sequence, labels: str) -> list[Arm]:
             re.sub(r"[^A-Za-z0-9_@.,+-]+", "-", title).strip(".-") or f"model-{number}",
             "model",
             title,
-            ({"changes": changes_sha256(model)},),
+            (changes_of(model),),
         )
         for number, (title, model) in enumerate(zip(titles, models, strict=True), start=1)
     ]

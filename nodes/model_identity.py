@@ -1,47 +1,32 @@
-"""Which changes a MODEL carries, as a hash: the same for the same experts and strengths, in every session."""
+"""Which changes a MODEL carries, as JSON values: the same for the same experts and strengths, in every session."""
 
 import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
-from ..experts.expert import tensor_bytes
+from .native.identity import identify
 
 
-def changes_sha256(model) -> str:
-    """Return a hash of what was patched onto a ModelPatcher's base model.
+def changes_of(model) -> dict[str, Any]:
+    """Return what was put onto a ModelPatcher's base model.
 
-    Weight patches count by their numbers. Other changes (wrappers, hooks, replaced objects) are functions, which have
-    no numbers: with them the hash holds in this session only.
+    Weight patches are hashes of their numbers. Other changes (wrappers, hooks, replaced objects) are functions, which
+    have no numbers: with them `functions` holds in this session only.
     """
-    digest = hashlib.sha256()
-    for key in sorted(model.patches):
-        digest.update(repr(key).encode())
-        _add(digest, model.patches[key])
-    functions = [model.object_patches, model.forced_hooks, *model.wrappers.values(), *model.callbacks.values()]
+    found: dict[str, Any] = {"patches": list(identify(model).patches)}
     options = model.model_options
-    more = [options.get("transformer_options", {}), {k: v for k, v in options.items() if k != "transformer_options"}]
-    if any(functions) or any(more):
-        digest.update(str(model.patches_uuid).encode())
-        digest.update(",".join(_ids([*functions, *more])).encode())
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{list(value.shape)}".encode())
-        digest.update(tensor_bytes(value))
-    elif isinstance(value, (list, tuple)):
-        digest.update(b"(")
-        for part in value:
-            _add(digest, part)
-        digest.update(b")")
-    elif value is None or isinstance(value, (str, int, float, bool)):
-        digest.update(repr(value).encode())
-    else:  # a weight adapter: its class and its tensors
-        digest.update(type(value).__qualname__.encode())
-        _add(digest, getattr(value, "weights", None))
+    functions = [
+        model.object_patches,
+        model.forced_hooks,
+        *model.wrappers.values(),
+        *model.callbacks.values(),
+        options.get("transformer_options", {}),
+        {name: value for name, value in options.items() if name != "transformer_options"},
+    ]
+    if any(functions):
+        text = ",".join([str(model.patches_uuid), *_ids(functions)])
+        found["functions"] = hashlib.sha256(text.encode()).hexdigest()
+    return found
 
 
 def _ids(values: Iterable[Any]) -> Iterable[str]:

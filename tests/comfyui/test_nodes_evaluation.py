@@ -38,7 +38,6 @@ def _graph(checkpoint, expert, name, strength=1.0, **inputs) -> tuple[Graph, str
         "judges__judge_0": (judge, 0),
         "labels": "the expert",
         "evaluation_name": name,
-        "checkpoint": checkpoint,
         "width": graphs.SIZE_PX,
         "height": graphs.SIZE_PX,
         "batch_size": 4,
