@@ -190,6 +190,8 @@ class Headline:
 
     @property
     def icon(self) -> str:
+        if self.verdict in ("kept", "loss not excluded"):
+            return "✓" if self.tone == "good" else "✗"
         return {"good": "▼", "bad": "▲", "unclear": "◆"}[self.tone]
 
 
