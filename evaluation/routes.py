@@ -48,10 +48,17 @@ def add_report_routes(routes: Any, folder_of: Callable[[str], Path]) -> None:
     """Add the routes to aiohttp's table of a server."""
     from aiohttp import web
 
+    class Confined(web.FileResponse):
+        """A file under our headers, also where the server's own middleware has put others in their place."""
+
+        async def prepare(self, request: Any) -> Any:
+            self.headers.update(_HEADERS)
+            return await super().prepare(request)
+
     @routes.get(PREFIX + "/{name}/{file:.+}")
     async def report(request: web.Request) -> web.StreamResponse:
         found = find_file(folder_of, request.match_info["name"], request.match_info["file"])
         if found is None:
             return web.Response(status=404, headers=_HEADERS)
         path, kind = found
-        return web.FileResponse(path, headers={**_HEADERS, "Content-Type": kind})
+        return Confined(path, headers={"Content-Type": kind})
