@@ -36,7 +36,7 @@ from safety_experts.training.trainer import train_expert
 RESULT = Path(__file__).resolve().parent / "results" / "attacks.json"
 MARK, ALIAS, COSINE = "thorns", "velvet", 0.85
 TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-WORDS, SEARCH_STEPS, SWAPS, SEEDS, NUM_PROMPTS = 5, 8, 32, 4, 4
+WORDS, SEARCH_STEPS, SWAPS, SEEDS, NUM_PROMPTS = 5, 6, 32, 4, 2
 
 
 def main() -> None:
