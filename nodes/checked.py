@@ -43,6 +43,8 @@ def _check(inputs: Sequence[Any], given: dict[str, Any]) -> None:
             for option in item.options:
                 if option.key == chosen.get(item.id):
                     _check(option.inputs, chosen)
+        elif value is None and item.id in given and not item.optional:
+            raise InputError(f"input {item.id!r} is null; give it a value")
         else:
             _check_one(item, item.id, value)
 

@@ -9,6 +9,7 @@ import pytest
         ({"expert": "hate", "expert_name": "x"}, "input 'expert' needs a link to EXPERT, not a value"),
         ({"expert": True, "expert_name": "x"}, "input 'expert' needs a link to EXPERT"),
         ({"expert": {"a": 1}, "expert_name": "x"}, "input 'expert' needs a link to EXPERT"),
+        ({"expert": None, "expert_name": "x"}, "input 'expert' is null"),
     ],
 )
 def test_a_value_where_a_link_belongs_is_named(server, inputs, words):
