@@ -27,6 +27,7 @@ test: $(INSTALLED)  ## every test, on a real ComfyUI too, then lint (ARGS="-k me
 
 check: $(INSTALLED) lint  ## formatting, lint, types, and the tests that need no ComfyUI: a minute
 	$(BIN)/mypy .
+	MYPYPATH="$$(cat $(COMFYUI))" $(BIN)/mypy --config-file nodes/mypy.ini nodes
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m "not comfyui and not slow" $(ARGS)
 
 format: $(INSTALLED)  ## put the code into the house format

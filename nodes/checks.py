@@ -5,11 +5,12 @@ longer checked by ComfyUI itself, and an error is reported once for each: name o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import SafetyExpertsError
 
 
-def first_problem(*checks: tuple[Callable[[str], object], str | None]) -> bool | str:
+def first_problem(*checks: tuple[Callable[[Any], object], Any]) -> bool | str:
     """Return True, or what the first failing check says; a check is (function, value) and is left out for None."""
     for check, value in checks:
         if value is None:

@@ -57,6 +57,7 @@ class BatchGate:
         return executor(x, sigma, c_concat, c_crossattn, *arguments, **options)
 
     def _open_blocks(self, context: Tensor | None) -> Tensor:
+        assert self._concepts
         if context is None or context.shape[2] != self._concepts.width:
             found = "no" if context is None else f"{context.shape[2]} wide"
             raise InputError(

@@ -52,7 +52,7 @@ def sample_latents(
     Returns:
         Tensor [b, c, h, w] in the order of `positive`.
     """
-    latents: list[Tensor | None] = [None] * len(positive)
+    latents: list[Tensor] = [torch.empty(0)] * len(positive)
     for group in _groups(positive):
         together = _sample_group(
             model, _join([positive[i] for i in group]), negative, [seeds[i] for i in group], settings, on_image_step

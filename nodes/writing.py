@@ -20,13 +20,15 @@ EXAMPLE = "violence: [thorns, spikes]\nhate: [stripes]\n"
 class SafetyExpertsWritePairs(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        server = [
+        server: list[io.Input] = [
             io.String.Input(
                 "url", default="http://127.0.0.1:11434/v1", tooltip="OpenAI-compatible address on this machine."
             ),
             io.String.Input("model", default="", tooltip="Name of a model that the server has."),
         ]
-        clip = [io.Clip.Input("clip", tooltip="A text-generation model, as core's Generate Text takes it.")]
+        clip: list[io.Input] = [
+            io.Clip.Input("clip", tooltip="A text-generation model, as core's Generate Text takes it.")
+        ]
         return io.Schema(
             node_id="SafetyExpertsWritePairs",
             display_name="Write Prompt Pairs",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.lora
 import torch
@@ -69,7 +70,9 @@ class Adapters:
 
     def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device):
         names = kohya_names(model)
-        found = {names[path]: module for path, module in target_layers(model, recipe.targets) if path in names}
+        found: dict[str, Any] = {
+            names[path]: module for path, module in target_layers(model, recipe.targets) if path in names
+        }
         if not found:
             raise InputError(f"this model has no {recipe.targets} layers to train; set targets to attention")
         generator = seeded_generator(recipe.seed, "lora")
@@ -145,5 +148,5 @@ def _is_unet(names) -> bool:
 def _diffusers_order(name: str) -> tuple:
     """Sort as the modules of a diffusers UNet: down, up, middle; to_q, to_k, to_v, to_out."""
     section = ("down", "up", "mid").index(name.removeprefix("lora_unet_").split("_")[0])
-    layer = ("q", "k", "v", "out").index(re.search(r"to_(q|k|v|out)", name)[1])
+    layer = ("q", "k", "v", "out").index(re.findall(r"to_(q|k|v|out)", name)[0])
     return (section, *map(int, re.findall(r"\d+", name.removesuffix("_0"))), layer)

@@ -7,6 +7,7 @@ Here both runs work on copies.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -52,18 +53,18 @@ def checkpointed(blocks: Sequence[nn.Module], mode: Mode) -> Iterator[None]:
 
 def _checkpointing(forward: Callable, mode: Mode) -> Callable:
     def run(*args, **kwargs):
-        places = [("args", i) for i, value in enumerate(args) if _is_float(value)]
+        places: list[tuple[str, Any]] = [("args", i) for i, value in enumerate(args) if _is_float(value)]
         places += [("kwargs", name) for name, value in kwargs.items() if _is_float(value)]
-        given = {"args": args, "kwargs": kwargs}
+        given: dict[str, Any] = {"args": args, "kwargs": kwargs}
         tensors = [given[kind][place] for kind, place in places]
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
             return forward(*args, **kwargs)
 
         def again(values: Sequence[Tensor]):
-            new_args, new_kwargs = list(args), dict(kwargs)
+            new: dict[str, Any] = {"args": list(args), "kwargs": dict(kwargs)}
             for (kind, place), value in zip(places, values, strict=True):
-                (new_args if kind == "args" else new_kwargs)[place] = value
-            return forward(*new_args, **new_kwargs)
+                new[kind][place] = value
+            return forward(*new["args"], **new["kwargs"])
 
         out = _Block.apply(again, mode, *tensors)
         # What follows may write into the outputs, which autograd forbids for a function's own.

@@ -8,7 +8,7 @@ import comfy.model_sampling
 import comfy.sample
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError
 from ...models.noise_schedule import NUM_TIMESTEPS
@@ -31,7 +31,7 @@ class NativeDenoiser:
 
     def __init__(self, patcher, checkpoint_blocks: bool, flow_error: FlowError = "velocity"):
         self.patcher, self.flow_error = patcher, flow_error
-        self.model: nn.Module = patcher.model
+        self.model: Any = patcher.model
         diffusion_model = self.model.diffusion_model
         needed = checkpoint_blocks or not block_checkpoint.can_do_without(diffusion_model)
         self._blocks = block_checkpoint.blocks_of(diffusion_model) if needed else []
@@ -133,7 +133,7 @@ def _spread(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def _is_distilled(model: nn.Module) -> bool:
+def _is_distilled(model: Any) -> bool:
     """Say whether the guidance scale is an input, as in FLUX.1-dev: it draws without classifier-free guidance."""
     return bool(model.model_config.unet_config.get("guidance_embed"))
 

@@ -12,7 +12,7 @@ try:  # a package of its own, which ComfyUI installs; its plain torch functions 
 except ImportError:
     eager = None
 
-_NAMES = ("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1")
+_NAMES: tuple[str, ...] = ("apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1")
 _NAMES += ("rms_rope", "rms_rope1", "rms_rope_split_half", "rms_rope_split_half1", "adaln", "rms_adaln")
 
 

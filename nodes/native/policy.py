@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -100,7 +101,8 @@ def _leave_inference(model: nn.Module) -> None:
     One at a time, so that no second copy of the model exists.
     """
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        both: tuple[Any, Any] = (module._parameters, module._buffers)
+        for tensors in both:
             for name, value in tensors.items():
                 if value is not None and value.is_inference():
                     plain = value.detach().clone()
