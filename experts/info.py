@@ -46,6 +46,7 @@ class Trained(FileRecord):
         step: the one that the weights are from.
         finished: False where the training was stopped before its end.
         metrics: of that step.
+        encoding_id: of the VAE and text encoders, which need not be the base model's own.
         trained_with: experts that were part of the model, frozen.
         resumed_with: recipe fields that a resumed run changed.
     """
@@ -57,6 +58,7 @@ class Trained(FileRecord):
     seed: int | None = None
     num_pairs: _Count | None = None
     dataset_fingerprint: Text | None = None
+    encoding_id: Text | None = None
     metrics: dict[Text, float] = {}  # noqa: RUF012
     trained_with: tuple[Parent, ...] = ()
     resumed_with: tuple[dict[str, JsonValue], ...] = ()

@@ -20,10 +20,11 @@ def describe_training(
     with_experts: Sequence[Expert] = (),
 ) -> ExpertInfo:
     """Return what an expert's metadata say of its training before the first step."""
-    pairs = dataset.training_pairs(category)
+    pairs = dataset.training_pairs(category, recipe.pairs)
     trained = Trained(
         recipe=recipe.model_dump(mode="json"),
         dataset_fingerprint=dataset.fingerprint(),
+        encoding_id=checkpoint.encoding_id,
         num_pairs=len(pairs),
         seed=recipe.seed,
         trained_with=tuple(expert.as_parent() for expert in with_experts),
@@ -45,6 +46,7 @@ def identity_of(info: ExpertInfo) -> dict:
         "dataset_fingerprint": trained.dataset_fingerprint,
         "base_checkpoint": base.sha256,
         **parts,
+        "encoding_id": trained.encoding_id,
         "categories": list(info.categories),
         "trained_with": [parent.tensors_sha256 for parent in trained.trained_with],
     }
