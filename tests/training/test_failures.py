@@ -141,14 +141,6 @@ def test_a_bad_loss_saves_the_averaged_expert(small, fail_at, tmp_path):
     assert load_expert(tmp_path / "a.safetensors").info.trained.step == 2
 
 
-@pytest.fixture
-def limit_files():
-    """Let the kernel refuse to write beyond a size, in the place where it refuses on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("full_at", "refused"), [(3, "a.resume"), (5, "a.safetensors")])
 def test_a_full_disk_is_one_line_and_the_state_before_goes_on(small, limit_files, tmp_path, full_at, refused):
     out = tmp_path / "a.safetensors"
