@@ -104,12 +104,13 @@ class SampleStore:
             SafetyExpertsError: the disk is full or the folder cannot be written to.
         """
         text = "".join(f"{sample.to_json()}\n" for sample in samples).encode()
-        with _writing(self.path), lock_folder(self.folder), open(self.path, "ab+") as file:
+        # Without a buffer: after a failed write a buffer would be written once more when the file is closed.
+        with _writing(self.path), lock_folder(self.folder), open(self.path, "ab+", buffering=0) as file:
             _cut_half_line(file)
             start = file.seek(0, os.SEEK_END)
             try:
-                file.write(text)
-                file.flush()
+                while text:
+                    text = text[file.write(text) :]
                 os.fsync(file.fileno())
             except BaseException:
                 with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import pytest
 import rendered_arms
@@ -72,6 +73,19 @@ def test_stopped_anywhere_it_ends_with_the_same_lines(evaluated, tmp_path):
         assert not run_plan(folder, plan, drawer, CORNER, should_stop=lambda left=answers: next(left, True))
         assert sum(drawer.drawn.values()) == 8 * stop_after
         assert _finish(folder, plan) == expected
+
+
+@pytest.mark.parametrize("size_bytes", [64, 4000])
+def test_a_full_disk_is_one_line_and_what_there_is_goes_on(tmp_path, limit_files, size_bytes):
+    """64 bytes take no picture, 4,000 take pictures and the lines of a few of them."""
+    plan = toy_plan(toy_suite(8))
+    expected = _finish(tmp_path / "straight", plan)
+    limit_files(size_bytes)
+    with pytest.raises(SafetyExpertsError, match="File too large") as caught:
+        _finish(tmp_path / "full", plan)
+    limit_files(resource.RLIM_INFINITY)
+    assert "\n" not in str(caught.value)
+    assert _finish(tmp_path / "full", plan) == expected
 
 
 def test_two_processes_draw_what_one_does(tmp_path):
