@@ -39,7 +39,7 @@ class Experiment:
     work: Path
     seeds: range
     workers: int
-    only: str
+    only: str = ""
 
     def run(self, function: Callable[[Path, Any], Any], jobs: Sequence[Any]) -> dict[Any, Any]:
         """Return job -> function(work, job), from processes of one thread each.

@@ -33,7 +33,7 @@ folder_paths.add_model_folder_path("diffusion_models", str(folder))
 folder_paths.add_model_folder_path("loras", str(folder))
 for name in sys.argv[3:]:
     warnings.clear()
-    model = nodes.UNETLoader().load_model(f"{name}.safetensors", "default")[0]
+    model = nodes.UNETLoader().load_unet(f"{name}.safetensors", "default")[0]
     model = nodes.LoraLoaderModelOnly().load_lora_model_only(model, f"{name}_expert.safetensors", 1.0)[0]
     model.patch_model(torch.device("cpu"))
     inputs = load_file(folder / f"{name}_inputs.safetensors")
