@@ -101,12 +101,12 @@ def test_separate_files_train_what_the_checkpoint_trains(server, checkpoint, par
 def test_the_stock_loader_gives_the_model_that_was_trained(server, parts, dataset):
     graph = Graph()
     loaders = add_parts(graph, parts)
-    node = train(graph, dataset, "stock", steps=4, overrides="learning_rate=3e-3\nanchor_weight=0", **loaders)
+    node = train(graph, dataset, "native_stock", steps=4, overrides="learning_rate=3e-3\nanchor_weight=0", **loaders)
     loaded = graph.add("LoraModelLoader", model=loaders["model"], lora=(node, 0), strength_model=1.0, bypass=True)
     bypass = graphs.draw(server, graph, add_image(graph, loaders, (loaded, 0)))
     graph = Graph()
     loaders = add_parts(graph, parts)
-    name = expert_path(server, "stock").name
+    name = expert_path(server, "native_stock").name
     patched = graph.add("LoraLoaderModelOnly", model=loaders["model"], lora_name=name, strength_model=1.0)
     stock = graphs.draw(server, graph, add_image(graph, loaders, (patched, 0)))
     graph = Graph()
@@ -115,7 +115,6 @@ def test_the_stock_loader_gives_the_model_that_was_trained(server, parts, datase
 
     # Rounding differs between weights that are changed and a layer beside them, and sampling amplifies it.
     rounding, change = (np.abs(stock.astype(int) - other.astype(int)).mean() for other in (bypass, base))
-    print(f"rounding {rounding:.3f}, change {change:.3f}")
     assert change > 2 and rounding < 0.1 * change
     assert "not loaded" not in server.log_text()
 
@@ -142,7 +141,7 @@ def add_image(graph: Graph, loaders: dict, model: tuple[str, int]) -> str:
 def test_cancel_and_resume_are_bit_identical_and_samples_change_nothing(server, parts, dataset):
     steps = 12
     graph = Graph()
-    node = train(graph, dataset, "cancelled", steps=steps, **add_parts(graph, parts))
+    node = train(graph, dataset, "native_cancelled", steps=steps, **add_parts(graph, parts))
 
     def cancel(node_id: str, value: int, total: int) -> None:
         if node_id == node and total == steps and value >= 3:
@@ -150,28 +149,28 @@ def test_cancel_and_resume_are_bit_identical_and_samples_change_nothing(server, 
 
     with pytest.raises(SafetyExpertsError, match="interrupted"):
         server.wait(server.queue(graph), on_progress=cancel)
-    saved = load_expert(expert_path(server, "cancelled"))
+    saved = load_expert(expert_path(server, "native_cancelled"))
     resumed, straight = Graph(), Graph()
-    train(resumed, dataset, "cancelled", steps=steps, resume=True, **add_parts(resumed, parts))
+    train(resumed, dataset, "native_cancelled", steps=steps, resume=True, **add_parts(resumed, parts))
     server.run(resumed)
-    train(straight, dataset, "straight", steps=steps, sample_every=4, **add_parts(straight, parts))
+    train(straight, dataset, "native_straight", steps=steps, sample_every=4, **add_parts(straight, parts))
     server.run(straight)
 
     assert 3 <= saved.info.trained.step < steps
-    again = load_expert(expert_path(server, "cancelled").with_name("cancelled_00002_.safetensors"))
-    assert again.tensors_sha256() == load_expert(expert_path(server, "straight")).tensors_sha256()
+    again = load_expert(expert_path(server, "native_cancelled").with_name("native_cancelled_00002_.safetensors"))
+    assert again.tensors_sha256() == load_expert(expert_path(server, "native_straight")).tensors_sha256()
 
 
 def test_a_lora_on_the_model_is_in_the_reference_and_not_in_the_file(server, parts, dataset):
     graph = Graph()
     loaders = add_parts(graph, parts)
-    name = expert_path(server, "stock").name
+    name = expert_path(server, "native_stock").name
     patched = graph.add("LoraLoaderModelOnly", model=loaders["model"], lora_name=name, strength_model=1.0)
     node = train(
-        graph, dataset, "on_top", overrides="anchor_weight=0\nsft_weight=0", **(loaders | {"model": (patched, 0)})
+        graph, dataset, "native_on_top", overrides="anchor_weight=0\nsft_weight=0", **(loaders | {"model": (patched, 0)})
     )
     losses = losses_of(server, graph, node)
-    base = load_expert(expert_path(server, "on_top")).info.base_checkpoint
+    base = load_expert(expert_path(server, "native_on_top")).info.base_checkpoint
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert len(base.patches) == 1
 

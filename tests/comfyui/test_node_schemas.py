@@ -12,7 +12,7 @@ from safety_experts.demo.comfyui import ComfyServer
 
 RECORD = Path(__file__).parent / "node_schemas.json"
 # Filled from folders and from ComfyUI itself.
-NOT_OURS = {"checkpoint", "sampler_name", "scheduler", "expert_name", "dataset_name", "file"}
+NOT_OURS = {"checkpoint", "sampler_name", "scheduler", "expert_name", "dataset_name", "file", "folder", "vectors"}
 WORDS = {"tooltip", "placeholder", "advanced", "display_name", "multiline", "multiselect"}
 
 
