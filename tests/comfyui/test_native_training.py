@@ -167,7 +167,11 @@ def test_a_lora_on_the_model_is_in_the_reference_and_not_in_the_file(server, par
     name = expert_path(server, "native_stock").name
     patched = graph.add("LoraLoaderModelOnly", model=loaders["model"], lora_name=name, strength_model=1.0)
     node = train(
-        graph, dataset, "native_on_top", overrides="anchor_weight=0\nsft_weight=0", **(loaders | {"model": (patched, 0)})
+        graph,
+        dataset,
+        "native_on_top",
+        overrides="anchor_weight=0\nsft_weight=0",
+        **(loaders | {"model": (patched, 0)}),
     )
     losses = losses_of(server, graph, node)
     base = load_expert(expert_path(server, "native_on_top")).info.base_checkpoint
