@@ -7,10 +7,8 @@ must be those of the uninterrupted run, bit for bit, and nothing else may stay i
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -33,6 +31,7 @@ def main() -> None:
     start, start_cpu = time.perf_counter(), sum(os.times()[:4])
     with tempfile.TemporaryDirectory() as folder:
         sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+        from safety_experts.evaluation.machine import describe_machine
         from small_training import SmallTraining
 
         report = kill_and_compare(SmallTraining.create(Path(folder)), Path(folder), arguments.kills, seed=0)
@@ -45,8 +44,7 @@ def main() -> None:
         "killed_while_writing": report.num_torn,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(sum(os.times()[:4]) - start_cpu, 1),
-        "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores",
-        "date": datetime.date.today().isoformat(),
+        **describe_machine("peft"),
     }
     print(json.dumps(result, indent=2))
     if report.num_equal != report.num_runs:
