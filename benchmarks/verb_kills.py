@@ -108,7 +108,7 @@ def kill_verbs(folder: Path, num_kills: int, seed: int) -> dict:
 
 def make_verbs(folder: Path) -> list[Verb]:
     """Make files to work on, and the command lines."""
-    from fuzz import World
+    from fuzz_files import World
 
     world = World(folder / "world")
     sound, made = world.sound, folder / "made"
