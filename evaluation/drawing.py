@@ -13,8 +13,9 @@ from ..errors import InputError, SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.in_weights import weights_with
 from ..models.checkpoint import Checkpoint
-from ..models.denoiser import UNetDenoiser
+from ..models.denoiser import Denoiser, UNetDenoiser
 from ..models.families import FAMILIES
+from ..models.text_encoders import ClipTower
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KEPT_PROMPTS = 512
@@ -89,7 +90,7 @@ class CheckpointDrawer:
         self._carried.close()
         self._arm = None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: an attack differentiates by the same weights and conditions
     def draw(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> list[Image.Image]:
         """Return one RGB image a prompt; image i starts from the noise of seed i, the same in every arm.
 
@@ -97,6 +98,36 @@ class CheckpointDrawer:
             InputError: an expert of the arm belongs to another model.
             SafetyExpertsError: memory ran out.
         """
+        with _enough_memory(len(prompts)):
+            return self._vae.decode_images(self.draw_latents(arm, prompts, seeds, guidance))
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """What an attack looks through.
+
+        Raises:
+            InputError: the model is no UNet.
+        """
+        if not isinstance(self._denoiser, UNetDenoiser):
+            raise InputError(
+                f"{self.checkpoint.name} is no UNet (SD 1.x, SD 2.x, SDXL), through which alone there is an attack; "
+                "search through its text encoder"
+            )
+        return self._denoiser
+
+    @property
+    def clip_towers(self) -> Sequence[ClipTower]:
+        return self._text_encoder.towers
+
+    @contextlib.contextmanager
+    def carrying(self, arm: str) -> Iterator[None]:
+        """Inside, the model's weights are that arm's, for whoever computes with `denoiser` and `clip_towers`."""
+        self._carry(arm)
+        yield
+
+    @torch.no_grad()
+    def draw_latents(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> Tensor:
+        """Return the latents [n, c, h, w] of what `draw` draws."""
         self._carry(arm)
         generation = self.generation
         height, width = generation.height_px // 8, generation.width_px // 8
@@ -104,18 +135,12 @@ class CheckpointDrawer:
         noise = torch.stack(
             [torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(self.device)
-        conditions = self._encode(arm, [*prompts, *[generation.negative] * len(prompts)])
-        try:
-            own = generation.guidance if guidance is None else guidance
+        conditions = self.encode(arm, [*prompts, *[generation.negative] * len(prompts)])
+        own = generation.guidance if guidance is None else guidance
+        with _enough_memory(len(prompts)):
             if isinstance(self._denoiser, UNetDenoiser):
-                latents = self._denoiser.sample(noise, conditions, generation.steps, own, generation.karras)
-            else:
-                latents = self._denoiser.sample(noise, conditions, generation.steps, own)
-            return self._vae.decode_images(latents)
-        except torch.OutOfMemoryError:
-            raise SafetyExpertsError(
-                f"out of memory drawing {len(prompts)} images at once; use a smaller --batch-size"
-            ) from None
+                return self._denoiser.sample(noise, conditions, generation.steps, own, generation.karras)
+            return self._denoiser.sample(noise, conditions, generation.steps, own)
 
     def _carry(self, arm: str) -> None:
         if arm == self._arm:
@@ -125,7 +150,7 @@ class CheckpointDrawer:
         self._carried.enter_context(weights_with(self._model, towers, self.arms[arm]))
         self._arm = arm
 
-    def _encode(self, arm: str, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, arm: str, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the conditions of prompts, each encoded once for all arms that leave the text encoder alone."""
         owner = arm if _changes_text(self.arms[arm]) else ""
         if len(self._conditions) > _KEPT_PROMPTS:
@@ -137,6 +162,16 @@ class CheckpointDrawer:
                 self._conditions[owner, prompt] = {name: value[0] for name, value in encoded.items()}
         rows = [self._conditions[owner, prompt] for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+
+@contextlib.contextmanager
+def _enough_memory(num_images: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SafetyExpertsError(
+            f"out of memory drawing {num_images} images at once; use a smaller --batch-size"
+        ) from None
 
 
 def _changes_text(experts: Sequence[tuple[Expert, float]]) -> bool:

@@ -16,6 +16,7 @@ from .samples import Key
 from .suites import Suite, SuitePrompt
 
 PLAN_NAME, PROMPTS_NAME = "plan.json", "prompts.jsonl"
+ATTACKS_NAME = "attacks.jsonl"  # written by a search, before there is a plan
 SCHEMA = "safety-experts/evaluation/1"
 BASE, NULL = "base", "null"
 _BATCHES_IN_A_ROW = 16  # of one arm before the next: an arm's weights are seldom exchanged, and a stopped run is even
@@ -160,6 +161,20 @@ def _sha_of_prompts(suite: Suite) -> str:
     return hashlib.sha256("\n".join(prompt.id for prompt in suite.prompts).encode()).hexdigest()
 
 
+def check_folder(folder: Path) -> None:
+    """Check that an evaluation can begin or go on in a folder; writes nothing.
+
+    Raises:
+        InputError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another folder with --out")
+    if not folder.exists() or (folder / PLAN_NAME).exists():
+        return
+    if any(not item.name.startswith(".") and item.name != ATTACKS_NAME for item in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
+
+
 def start_folder(folder: Path, plan: Plan, judges: Sequence[dict[str, Any]]) -> None:
     """Write plan.json and prompts.jsonl, or go on in a folder whose images are of the same plan.
 
@@ -171,14 +186,11 @@ def start_folder(folder: Path, plan: Plan, judges: Sequence[dict[str, Any]]) -> 
     Raises:
         InputError: the folder holds something else, or was made differently.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another folder with --out")
+    check_folder(folder)
     path = folder / PLAN_NAME
     wanted = json.loads(json.dumps(plan.to_json() | {"judges": list(judges)}))
     if path.exists():
         _check_same(path, read_plan_json(folder), wanted)
-    elif folder.exists() and any(not item.name.startswith(".") for item in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no evaluation; choose another folder with --out")
     for leftover in folder.glob("images/*/*/.*.png"):  # of a killed process; nobody is drawing yet
         leftover.unlink(missing_ok=True)
     with write_atomically(folder / PROMPTS_NAME) as temporary:

@@ -6,6 +6,7 @@ makes in other prompts. All searches score candidates by the same loss, keep the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,9 @@ class Found:
     forwards: int
 
 
-def _random(alphabet: Alphabet, shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+def random_words(
+    alphabet: Alphabet, shape: tuple[int, ...], generator: torch.Generator, device: torch.device
+) -> Tensor:
     return alphabet.tokens[torch.randint(len(alphabet.tokens), shape, generator=generator)].to(device)
 
 
@@ -42,7 +45,7 @@ def random_search(
     generator, start = torch.Generator().manual_seed(seed), space.forwards
     best, best_loss, losses = torch.empty(0), float("inf"), []
     for size in _chunks(candidates, space.chunk):
-        drawn = _random(alphabet, (size, length), generator, space.device)
+        drawn = random_words(alphabet, (size, length), generator, space.device)
         scores = space.losses(drawn, target)
         if float(scores.min()) < best_loss:
             best_loss, best = float(scores.min()), drawn[int(scores.argmin())]
@@ -68,7 +71,7 @@ def published_search(
         start: [n, length] tokens to begin from besides random ones.
     """
     generator, first = torch.Generator().manual_seed(seed), space.forwards
-    genomes = _random(alphabet, (population, length), generator, space.device)
+    genomes = random_words(alphabet, (population, length), generator, space.device)
     if start is not None:
         genomes[: len(start)] = start.to(genomes)
     scores = space.losses(genomes, target)
@@ -84,7 +87,7 @@ def published_search(
         mixed = torch.where(torch.arange(length, device=space.device) < cut, genomes[parents[0]], genomes[parents[1]])
         mutates = torch.rand(children, generator=generator).to(space.device) < 0.25
         place = torch.randint(length, (children,), generator=generator).to(space.device)
-        fresh = _random(alphabet, (children,), generator, space.device)
+        fresh = random_words(alphabet, (children,), generator, space.device)
         rows = torch.arange(children, device=space.device)
         mixed[rows[mutates], place[mutates]] = fresh[mutates]
         genomes = torch.cat([genomes[:elites], mixed])
@@ -115,29 +118,42 @@ def swap_search(
         start: [length] tokens to begin from; None draws them.
     """
     generator, first = torch.Generator().manual_seed(seed), space.forwards
-    best = _random(alphabet, (length,), generator, space.device) if start is None else start.to(space.device)
+    best = random_words(alphabet, (length,), generator, space.device) if start is None else start.to(space.device)
     best_loss = float(space.losses(best[None], target)[0])
     words = alphabet.tokens.to(space.device)
-    embeddings = space.embeddings_of(words)
     losses = []
     for _ in range(steps):
         if should_stop():
             break
-        gradient = space.gradient(best, target)
-        gain = (space.embeddings_of(best) * gradient).sum(1, keepdim=True) - gradient @ embeddings.T  # [K, words]
-        candidates = gain.topk(min(top, len(words)), dim=1).indices  # [K, top]
-        place = torch.randint(length, (swaps,), generator=generator).to(space.device)
-        which = torch.randint(candidates.shape[1], (swaps,), generator=generator).to(space.device)
-        # Always the first choice of each position too.
-        count = min(length, swaps)
-        place[:count], which[:count] = torch.arange(count, device=space.device), 0
-        tried = best.repeat(swaps, 1)
-        tried[torch.arange(swaps, device=space.device), place] = words[candidates[place, which]]
+        tried = promising_swaps(space, words, best, space.gradient(best, target), swaps, top, generator)
         scores = space.losses(tried, target)
         if float(scores.min()) < best_loss:
             best_loss, best = float(scores.min()), tried[int(scores.argmin())]
         losses.append(best_loss)
     return Found(best, alphabet.decode(best.tolist()), tuple(losses), space.forwards - first)
+
+
+def promising_swaps(
+    space: Any, words: Tensor, best: Tensor, gradient: Tensor, swaps: int, top: int, generator: torch.Generator
+) -> Tensor:
+    """Return `swaps` variants [n, K] of a prompt [K], one word exchanged in each, drawn among the best to first order.
+
+    Args:
+        space: with `embeddings_of`, which gives the vectors that `gradient` [K, d] is of.
+        words: [m] tokens to put in.
+        top: words considered at each position.
+    """
+    length, device = len(best), best.device
+    gain = (space.embeddings_of(best) * gradient).sum(1, keepdim=True) - gradient @ space.embeddings_of(words).T
+    candidates = gain.topk(min(top, len(words)), dim=1).indices  # [K, top]
+    place = torch.randint(length, (swaps,), generator=generator).to(device)
+    which = torch.randint(candidates.shape[1], (swaps,), generator=generator).to(device)
+    # Always the first choice of each position too.
+    count = min(length, swaps)
+    place[:count], which[:count] = torch.arange(count, device=device), 0
+    tried = best.repeat(swaps, 1)
+    tried[torch.arange(swaps, device=device), place] = words[candidates[place, which]]
+    return tried
 
 
 def _chunks(total: int, size: int) -> list[int]:

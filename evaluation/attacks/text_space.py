@@ -37,7 +37,7 @@ class Alphabet:
         Raises:
             InputError: nothing is left.
         """
-        banned = torch.tensor([token for word in words for token in _inner(tokenizer, word)], dtype=torch.int64)
+        banned = torch.tensor([token for word in words for token in tokens_of(tokenizer, word)], dtype=torch.int64)
         kept = self.tokens[~torch.isin(self.tokens, banned)]
         if not len(kept):
             raise InputError("no word of the tokenizer's vocabulary is left to attack with; ban fewer words")
@@ -59,7 +59,8 @@ class Alphabet:
         return cls(torch.tensor(sorted(survivors)), functools.partial(_decode, tokenizer))
 
 
-def _inner(tokenizer: Any, text: str) -> list[int]:
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text, without start and end."""
     return list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
 
 
@@ -113,7 +114,7 @@ class TextSpace:
 
     def tokens_of(self, text: str) -> list[int]:
         """Return the tokens of a text, without start and end."""
-        return _inner(self.tower.tokenizer, text)[: NUM_TOKENS - 2]
+        return tokens_of(self.tower.tokenizer, text)[: NUM_TOKENS - 2]
 
     def hidden_of_texts(self, texts: Sequence[str]) -> Tensor:
         """Return hidden states [n, 77, d] as the model is conditioned on them."""
@@ -132,18 +133,33 @@ class TextSpace:
 
     def gradient(self, free: Tensor, target: Tensor) -> Tensor:
         """Return the loss's gradient [K, d] to the embeddings of one prompt's free tokens [K]."""
+        with torch.inference_mode(False), torch.enable_grad():
+            embedded, hidden, _ = self.encode_with_leaf(free)
+            (gradient,) = torch.autograd.grad(((hidden - target.clone()) ** 2).mean(), embedded)
+        return self.free_rows(gradient, len(free))
+
+    def encode(self, free: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states [n, 77, d] and what the tower pools [n, p] of prompts [n, K], without gradients."""
+        self.forwards += len(free)
+        with torch.no_grad():
+            return self.tower.encode_tokens(self.rows(free))
+
+    def encode_with_leaf(self, free: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return one prompt's token embeddings [1, 77, d], to differentiate by, and what `encode` gives for them."""
         self.forwards += 3  # a backward counts as two
         rows = self.rows(free[None])
-        with torch.inference_mode(False), torch.enable_grad():
-            embedded = self._embedding.weight.detach()[rows].clone().requires_grad_()
-            hook = self._embedding.register_forward_hook(lambda module, given, output: embedded)
-            try:
-                hidden, _ = self.tower.encode_tokens(rows)
-            finally:
-                hook.remove()
-            (gradient,) = torch.autograd.grad(((hidden - target.clone()) ** 2).mean(), embedded)
+        embedded = self._embedding.weight.detach()[rows].clone().requires_grad_()
+        hook = self._embedding.register_forward_hook(lambda module, given, output: embedded)
+        try:
+            hidden, pooled = self.tower.encode_tokens(rows)
+        finally:
+            hook.remove()
+        return embedded, hidden, pooled
+
+    def free_rows(self, gradient: Tensor, length: int) -> Tensor:
+        """Return the rows [K, d] of the free tokens of one prompt's [1, 77, d], float32."""
         first = 1 + len(self.prefix)
-        return gradient[0, first : first + len(free)].float()
+        return gradient[0, first : first + length].float()
 
     def embeddings_of(self, tokens: Tensor) -> Tensor:
         """Return the token embeddings [n, d], float32."""

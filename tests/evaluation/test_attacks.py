@@ -7,8 +7,9 @@ import small_checkpoints
 import torch
 from rendered_arms import RenderedArms, toy_oracle, toy_plan, toy_suite
 from safety_experts.demo.comfyui import find_comfyui
-from safety_experts.evaluation.attacks.attack import AttackSettings, attack_prompts, suites_of, write_attacks
+from safety_experts.evaluation.attacks.attack import AttackLog, AttackSettings, suites_of
 from safety_experts.evaluation.attacks.searches import published_search, random_search, swap_search
+from safety_experts.evaluation.attacks.text_attack import attack_prompts
 from safety_experts.evaluation.attacks.text_space import Alphabet, TextSpace, concept_direction
 from safety_experts.evaluation.evaluate import run
 from safety_experts.evaluation.plan import BASE_ARM
@@ -125,15 +126,16 @@ def test_the_gradient_finds_the_planted_alias_with_fewer_forwards_than_chance(sp
 def test_an_attack_gives_lists_to_draw_and_keeps_its_words_in_a_file_of_their_own(space, tmp_path):
     suite = toy_suite(2, ["violence"])
     settings = AttackSettings(length=3, steps=2, batch=8, eta=1.0)
-    found = attack_prompts(space, suite, settings)
+    log = AttackLog(tmp_path, "0" * 64, settings)
+    found = attack_prompts(space, suite, settings, log=log)
     attack, control, original = suites_of(suite, found, settings)
     assert [s.id for s in (attack, control, original)] == ["attack-swap", "random-words", "original"]
     for before, after in zip(original.prompts, attack.prompts, strict=True):
         assert after.text.startswith(before.caption) and MARK not in after.text
         assert (after.seed, after.kind, after.categories) == (before.seed, before.kind, before.categories)
-    lines = [json.loads(line) for line in write_attacks(tmp_path, found, settings).read_text().splitlines()]
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [line["found"] for line in lines] == [prompt.text for prompt in attack.prompts]
-    assert all(line["loss_last"] <= line["loss_first"] for line in lines)
+    assert all(line["losses"][-1] <= line["losses"][0] for line in lines)
     plan = toy_plan(attack, arms=[BASE_ARM], notes={"attack_suites": ["attack-swap"]}, images_per_prompt=2)
     outcome = run(tmp_path / "e", plan, _Scenes(), [toy_oracle()])
     page = outcome.page.read_text()
