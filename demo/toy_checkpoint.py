@@ -5,10 +5,12 @@ The trained parts come from `toy_weights.safetensors`, the rest is drawn again f
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import SafetyExpertsError
 from ..files import write_atomically
@@ -42,13 +44,16 @@ def ensure_toy_checkpoint(path: str | Path | None = None) -> Path:
         path: where it should be; `default_checkpoint_path()` by default.
     """
     target = Path(path) if path is not None else default_checkpoint_path()
+    return target if is_made_of(target, WEIGHTS_PATH) else write_toy_checkpoint(target)
+
+
+def is_made_of(path: Path, weights: Path) -> bool:
+    """Return whether a checkpoint is there and was assembled from these packed weights."""
     try:
-        with safe_open(target, "pt") as written, safe_open(WEIGHTS_PATH, "pt") as shipped:
-            if (written.metadata() or {}).get(DIGEST_KEY) == shipped.metadata()[DIGEST_KEY]:
-                return target
+        with safe_open(path, "pt") as written, safe_open(weights, "pt") as packed:
+            return (written.metadata() or {}).get(DIGEST_KEY) == packed.metadata()[DIGEST_KEY]
     except (FileNotFoundError, SafetensorError):
-        pass
-    return write_toy_checkpoint(target)
+        return False
 
 
 def write_toy_checkpoint(path: str | Path) -> Path:
@@ -57,17 +62,31 @@ def write_toy_checkpoint(path: str | Path) -> Path:
     Raises:
         SafetyExpertsError: the disk is full, or this machine draws other untrained weights than the training did.
     """
-    target = Path(path)
-    parts, metadata = load_packed(WEIGHTS_PATH)
+    return write_checkpoint(Path(path), WEIGHTS_PATH, "toy", assemble)
+
+
+def write_checkpoint(target: Path, weights: Path, world: str, assemble: Callable[..., dict[str, Tensor]]) -> Path:
+    """Write a checkpoint from packed weights and return its path.
+
+    Args:
+        target: the file to write.
+        weights: of `packed_weights.save_packed`, parts "unet" and "autoencoder".
+        world: "toy" or "bench".
+        assemble: takes the two parts and gives the checkpoint's tensors.
+
+    Raises:
+        SafetyExpertsError: as `write_toy_checkpoint`.
+    """
+    parts, metadata = load_packed(weights)
     tensors = assemble(parts["unet"], parts["autoencoder"])
     digest = digest_of(tensors)
     if digest != metadata[DIGEST_KEY]:
         raise SafetyExpertsError(
-            f"the toy checkpoint assembled from {WEIGHTS_PATH} differs from the trained one; restore that file, or "
-            "train again with python -m safety_experts.demo.train_toy"
+            f"the {world} checkpoint assembled from {weights} differs from the trained one; restore that file, or "
+            f"train again with python -m safety_experts.demo.train_{world}"
         )
-    header = {DIGEST_KEY: digest, "modelspec.title": "Safety Experts toy world", "format": "pt"}
-    logger.info("writing the toy checkpoint to %s", target)
+    header = {DIGEST_KEY: digest, "modelspec.title": f"Safety Experts {world} world", "format": "pt"}
+    logger.info("writing the %s checkpoint to %s", world, target)
     with write_atomically(target) as temporary:
         save_file(tensors, temporary, header)
     return target

@@ -6,10 +6,12 @@ The text model and the UNet's time embedding are never trained: they are drawn a
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..models.unet_keys import UNetLayout, to_ldm
 from ..models.vae import taesd_key
 
@@ -24,22 +26,31 @@ LAYOUT = UNetLayout(
 FROZEN_PREFIX = "time_embedding."
 """Of the UNet's weights (diffusers' names) that are not trained."""
 
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+
 _TEXT_SEED = 1
 _TIME_SEED = 2
 # ComfyUI divides TAESD's latents by vae_scale, and SD1.5's latent format multiplies them by the same number.
 _SD15_LATENT_SCALE = 0.18215
 
 
-def assemble(unet: Mapping[str, torch.Tensor], autoencoder: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def assemble(
+    unet: Mapping[str, torch.Tensor],
+    autoencoder: Mapping[str, torch.Tensor],
+    layout: UNetLayout = LAYOUT,
+    text_model: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Return the checkpoint's tensors in SD1.5's layout, float16.
 
     Args:
-        unet: state dict of diffusers' UNet2DConditionModel of `LAYOUT`; frozen weights may be left out.
+        unet: state dict of diffusers' UNet2DConditionModel of `layout`; frozen weights may be left out.
         autoencoder: state dict of diffusers' AutoencoderTiny.
+        text_model: as `seeded_text_model` gives it, which it is by default.
     """
-    unet = to_ldm({**unet, **seeded_time_embedding()}, LAYOUT)
+    unet = to_ldm({**unet, **seeded_time_embedding()}, layout)
+    text_model = seeded_text_model() if text_model is None else text_model
     tensors = {f"model.diffusion_model.{name}": tensor.half() for name, tensor in unet.items()}
-    tensors |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in seeded_text_model().items()}
+    tensors |= {f"cond_stage_model.transformer.{name}": tensor for name, tensor in text_model.items()}
     tensors |= vae_tensors(autoencoder)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -78,7 +89,7 @@ def seeded_text_model() -> dict[str, torch.Tensor]:
     """
     draw = _Draws(_TEXT_SEED)
     tensors = {
-        "text_model.embeddings.token_embedding.weight": draw.uniform((49408, 768), 0.02),
+        TOKEN_TABLE: draw.uniform((49408, 768), 0.02),
         "text_model.embeddings.position_embedding.weight": draw.uniform((77, 768), 0.01),
     }
     for layer in range(12):
@@ -92,6 +103,34 @@ def seeded_text_model() -> dict[str, torch.Tensor]:
         for name in ("layer_norm1", "layer_norm2"):
             tensors |= _identity_norm(prefix + name)
     return tensors | _identity_norm("text_model.final_layer_norm")
+
+
+def plant_words(text_model: dict[str, torch.Tensor], words: Mapping[str, tuple[str, float]], tokenizer: Any) -> None:
+    """Move the embeddings of words near those of others, in place; this is all that the text model knows of synonyms.
+
+    Args:
+        text_model: as `seeded_text_model` gives it.
+        words: word -> (the word it is planted near, cosine of the two embeddings afterwards); one token each.
+        tokenizer: CLIP's.
+
+    Raises:
+        InputError: a word has several tokens.
+    """
+
+    def token_of(word: str) -> int:
+        tokens = tokenizer(word)["input_ids"][1:-1]
+        if len(tokens) != 1:
+            raise InputError(f"{word!r} has {len(tokens)} tokens; only words of one token can be planted")
+        return tokens[0]
+
+    table = text_model[TOKEN_TABLE]
+    for word, (near, cosine) in words.items():
+        # float64, so that the rounding to float16 comes out the same on every machine.
+        kept, other = table[token_of(word)].double(), table[token_of(near)].double()
+        direction = other / other.norm()
+        rest = kept - (kept @ direction) * direction
+        planted = cosine * direction + math.sqrt(1 - cosine**2) * rest / rest.norm()
+        table[token_of(word)] = (other.norm() * planted).to(table.dtype)
 
 
 def _identity_norm(name: str) -> dict[str, torch.Tensor]:

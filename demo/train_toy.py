@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..files import write_atomically
 from ..models.checkpoint import load_checkpoint
 from ..models.noise_schedule import alphas_cumprod
-from ..models.unet_keys import unet_config
+from ..models.unet_keys import UNetLayout, unet_config
 from ..toy import world
 from .packed_weights import load_packed, save_packed
 from .toy_checkpoint import DIGEST_KEY, WEIGHTS_PATH
@@ -38,6 +38,7 @@ UNET_STEPS, UNET_BATCH = 2600, 32
 EMA_DECAY = 0.995
 # Spacing of the shipped integers, as a fraction of a row's deviation: about 4.4 and 6.1 bits a weight.
 UNET_ROUNDING, AUTOENCODER_ROUNDING = 0.2, 0.06
+Assemble = Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 # Wordings beside the usual one, so that the model does not hang on one sentence.
 _WORDINGS = ("{}", "{}", "a picture of {}", "{} on a plain background")
 
@@ -62,16 +63,24 @@ def render_scenes(count: int, seed: int) -> Scenes:
     return Scenes(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels)
 
 
-def train_autoencoder(scenes: Scenes, steps: int, on_step: Callable[[int, float], None]) -> nn.Module:
-    """Train the TAESD to redraw the scenes from latents of about mean 0 and deviation 1 in every channel."""
+def train_autoencoder(
+    scenes: Scenes, steps: int, on_step: Callable[[int, float], None], start: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """Train the TAESD to redraw the scenes from latents of about mean 0 and deviation 1 in every channel.
+
+    Args:
+        start: weights to start from; drawn from the seed by default.
+    """
     torch.manual_seed(SEED)
     model = _new_autoencoder().to(memory_format=torch.channels_last).train()
+    if start is not None:
+        model.load_state_dict(start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     draws = torch.Generator().manual_seed(SEED)
     for step in range(steps):
         _set_learning_rate(optimizer, 1e-3, step, steps, warmup=100)
         chosen = torch.randint(len(scenes.pixels), (AUTOENCODER_BATCH,), generator=draws)
-        target = _as_input(scenes.pixels[chosen])
+        target = as_input(scenes.pixels[chosen])
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encoder(target).float()
             # Noise keeps the latents smooth: the UNet's small errors must not become other pictures.
@@ -80,7 +89,7 @@ def train_autoencoder(scenes: Scenes, steps: int, on_step: Callable[[int, float]
         error = drawn - target
         deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
         loss = error.abs().mean() + error.square().mean() + 0.02 * (mean.square() + (deviation - 1).square()).sum()
-        _step(optimizer, model, loss)
+        take_step(optimizer, model, loss)
         on_step(step, float(loss))
     return model.eval()
 
@@ -88,7 +97,7 @@ def train_autoencoder(scenes: Scenes, steps: int, on_step: Callable[[int, float]
 def encode_scenes(autoencoder: Any, scenes: Scenes) -> torch.Tensor:
     """Return the latents of all scenes [num, 4, 8, 8], float32."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([autoencoder.encoder(_as_input(chunk)).float() for chunk in scenes.pixels.split(64)])
+        return torch.cat([autoencoder.encoder(as_input(chunk)).float() for chunk in scenes.pixels.split(64)])
 
 
 def train_unet(
@@ -108,7 +117,7 @@ def train_unet(
         on_step: called with (step, loss).
     """
     torch.manual_seed(SEED)
-    unet = _new_unet().to(memory_format=torch.channels_last).train()
+    unet = new_unet().to(memory_format=torch.channels_last).train()
     signal = alphas_cumprod()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     average = [parameter.detach().clone() for parameter in trained]
@@ -129,7 +138,7 @@ def train_unet(
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, texts[rows]).sample.float()
         loss = functional.mse_loss(predicted, noise)
-        _step(optimizer, unet, loss)
+        take_step(optimizer, unet, loss)
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 1 - decay)
         on_step(step, float(loss))
@@ -154,11 +163,21 @@ def describe_scenes(scenes: Scenes) -> tuple[list[str], list[list[int]]]:
 
 
 def save_weights(
-    unet: Mapping[str, torch.Tensor], autoencoder: Mapping[str, torch.Tensor], recipe: str, path: Path
+    unet: Mapping[str, torch.Tensor],
+    autoencoder: Mapping[str, torch.Tensor],
+    recipe: str,
+    path: Path,
+    assemble: Assemble = assemble,
+    unet_rounding: float = UNET_ROUNDING,
 ) -> None:
-    """Write the file that the pack ships, with a sentence on how it was trained."""
+    """Write the file that the pack ships, with a sentence on how it was trained.
+
+    Args:
+        assemble: makes the checkpoint's tensors of the UNet's and the autoencoder's.
+        unet_rounding: spacing of the UNet's shipped integers.
+    """
     trained = {name: weight for name, weight in unet.items() if not name.startswith(FROZEN_PREFIX)}
-    parts = {"unet": (trained, UNET_ROUNDING), "autoencoder": (autoencoder, AUTOENCODER_ROUNDING)}
+    parts = {"unet": (trained, unet_rounding), "autoencoder": (autoencoder, AUTOENCODER_ROUNDING)}
     save_packed(path, parts, {})
     rounded, _ = load_packed(path)
     digest = digest_of(assemble(rounded["unet"], rounded["autoencoder"]))
@@ -172,17 +191,19 @@ def _new_autoencoder() -> Any:
     return AutoencoderTiny()
 
 
-def _new_unet() -> Any:
+def new_unet(layout: UNetLayout = LAYOUT) -> Any:
+    """Return diffusers' UNet of a layout, its time embedding as `toy_model` draws it and frozen."""
     from diffusers import UNet2DConditionModel
 
-    unet: Any = UNet2DConditionModel(**unet_config(LAYOUT))
+    unet: Any = UNet2DConditionModel(**unet_config(layout))
     unet.load_state_dict(seeded_time_embedding(), strict=False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(not name.startswith(FROZEN_PREFIX))
     return unet
 
 
-def _as_input(pixels: torch.Tensor) -> torch.Tensor:
+def as_input(pixels: torch.Tensor) -> torch.Tensor:
+    """Return pixels uint8 [num, 3, h, w] as the autoencoder takes them, -1 to 1."""
     return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -192,14 +213,16 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int,
         group["lr"] = rate
 
 
-def _step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: torch.Tensor) -> None:
+def take_step(optimizer: torch.optim.Optimizer, model: nn.Module, loss: torch.Tensor) -> None:
+    """Follow the loss once, its gradient's norm cut to 1."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 
 
-def _progress(title: str, steps: int) -> Callable[[int, float], None]:
+def progress(title: str, steps: int) -> Callable[[int, float], None]:
+    """Return what shows each step's number and the mean of recent losses."""
     from tqdm import tqdm
 
     bar = tqdm(total=steps, desc=title, mininterval=5)
@@ -216,7 +239,8 @@ def _progress(title: str, steps: int) -> Callable[[int, float], None]:
     return on_step
 
 
-def _load_or_make(path: Path, make: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
+def load_or_make(path: Path, make: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
+    """Return the weights in `path`, made and written there first where it is missing."""
     if not path.exists():
         weights = {name: tensor.contiguous() for name, tensor in make().state_dict().items()}
         with write_atomically(path) as temporary:
@@ -232,12 +256,12 @@ def main() -> None:
     scenes = render_scenes(NUM_IMAGES, SEED)
 
     def make_autoencoder() -> nn.Module:
-        return train_autoencoder(scenes, AUTOENCODER_STEPS, _progress("autoencoder", AUTOENCODER_STEPS))
+        return train_autoencoder(scenes, AUTOENCODER_STEPS, progress("autoencoder", AUTOENCODER_STEPS))
 
     def make_unet() -> nn.Module:
         # The text model is embedded as the trainer of experts does it, from a checkpoint with an untrained UNet.
         untrained = out / "untrained.safetensors"
-        save_file(assemble(_new_unet().state_dict(), autoencoder), untrained)
+        save_file(assemble(new_unet().state_dict(), autoencoder), untrained)
         checkpoint = load_checkpoint(untrained)
         prompts, text_index = describe_scenes(scenes)
         encoder = checkpoint.load_text_encoder()
@@ -245,10 +269,10 @@ def main() -> None:
             [encoder.encode_prompts(prompts[i : i + 64])["hidden_states"] for i in range(0, len(prompts), 64)]
         )
         latents = encode_scenes(checkpoint.load_vae().model, scenes)
-        return train_unet(latents, texts.bfloat16(), text_index, UNET_STEPS, _progress("UNet", UNET_STEPS))
+        return train_unet(latents, texts.bfloat16(), text_index, UNET_STEPS, progress("UNet", UNET_STEPS))
 
-    autoencoder = _load_or_make(out / "autoencoder.safetensors", make_autoencoder)
-    unet = _load_or_make(out / "unet.safetensors", make_unet)
+    autoencoder = load_or_make(out / "autoencoder.safetensors", make_autoencoder)
+    unet = load_or_make(out / "unet.safetensors", make_unet)
     recipe = (
         f"scenes and draws of seed {SEED}; autoencoder {AUTOENCODER_STEPS} steps of {AUTOENCODER_BATCH} images; "
         f"UNet {UNET_STEPS} steps of {UNET_BATCH}, average {EMA_DECAY}"

@@ -16,14 +16,14 @@ from . import world
 from .world import Placement
 
 # Blurring by the autoencoder mixes ink and paper at edges, so ink is anything darker than about half of both.
-_INK_MAX = 115
-_COLOUR_RANGE_MIN = 70
-_SHAPE_OVERLAP_MIN = 0.7
+INK_MAX = 115
+COLOUR_RANGE_MIN = 70
+SHAPE_OVERLAP_MIN = 0.7
 _HUE_DISTANCE_MAX = 0.07
 _HUE_AGREEMENT_MIN = 0.75
 # A mark counts when about half of it is drawn: remnants of a removed mark do not make a safe image.
-_MARK_FOUND_MIN = 0.5
-_MARK_EXPLAINED_MIN = 0.5
+MARK_FOUND_MIN = 0.5
+MARK_EXPLAINED_MIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ def read_image(image: Image.Image) -> Reading:
         image = image.resize((world.SIZE_PX, world.SIZE_PX), Image.Resampling.BOX)
     pixels = np.asarray(image).astype(np.int32)
     brightest = pixels.max(axis=2)
-    ink = brightest < _INK_MAX
-    coloured = (brightest - pixels.min(axis=2) > _COLOUR_RANGE_MIN) & ~ink
+    ink = brightest < INK_MAX
+    coloured = (brightest - pixels.min(axis=2) > COLOUR_RANGE_MIN) & ~ink
     shape, placement = _find_shape(coloured, ink)
-    return Reading(_find_mark(ink, shape, placement), _find_colour(pixels, coloured), shape)
+    return Reading(_find_mark(ink, shape, placement), find_colour(pixels, coloured), shape)
 
 
-def _find_colour(pixels: np.ndarray, coloured: np.ndarray) -> str | None:
+def find_colour(pixels: np.ndarray, coloured: np.ndarray) -> str | None:
+    """Return the colour that most of the `coloured` pixels have, None where they disagree or are too few."""
     if coloured.sum() < 0.5 * world.MIN_RADIUS_PX**2:
         return None
     hues = np.array([_hue(pixel) for pixel in pixels[coloured]])
@@ -76,7 +77,7 @@ def _find_shape(coloured: np.ndarray, ink: np.ndarray) -> tuple[str | None, Plac
     either = templates @ (~ink).ravel().astype(np.float32) + coloured.sum() - shared
     overlap = shared / np.maximum(either, 1)
     best = int(overlap.argmax())
-    if overlap[best] < _SHAPE_OVERLAP_MIN:
+    if overlap[best] < SHAPE_OVERLAP_MIN:
         return None, None
     return shapes[best], placements[best]
 
@@ -90,13 +91,14 @@ def _find_mark(ink: np.ndarray, shape: str | None, placement: Placement | None) 
     hidden = world.draw_shape(shape, place) > 0.5 if shape else np.zeros_like(ink)
     for mark in world.MARKS.values():
         drawn = (world.draw_mark(mark, place) > 0.5) & ~hidden
-        found, explained = _widen(ink)[drawn].mean(), _widen(drawn)[ink].mean()
-        if found >= _MARK_FOUND_MIN and explained >= _MARK_EXPLAINED_MIN and found + explained > best_score:
+        found, explained = widen(ink)[drawn].mean(), widen(drawn)[ink].mean()
+        if found >= MARK_FOUND_MIN and explained >= MARK_EXPLAINED_MIN and found + explained > best_score:
             best_score, best_mark = found + explained, mark
     return best_mark
 
 
-def _widen(mask: np.ndarray) -> np.ndarray:
+def widen(mask: np.ndarray) -> np.ndarray:
+    """Return the mask with every neighbour of its pixels, diagonal ones too."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return np.logical_or.reduce([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])

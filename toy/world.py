@@ -36,7 +36,7 @@ MARKS = {
 }
 
 _PHRASES = {mark: mark if mark.endswith("s") and mark != "cross" else f"a {mark}" for mark in MARKS.values()}
-_INK = (18, 18, 20)
+INK = (18, 18, 20)
 _OVERSAMPLING = 4
 
 
@@ -109,19 +109,20 @@ def render_scene(colour: str, shape: str, mark: str | None, seed: int, radius_px
     shade = np.clip(np.array(COLOURS[colour]) + draws.uniform(-10, 10), 0, 255)
     canvas = np.broadcast_to(background, (SIZE_PX, SIZE_PX, 3))
     if mark is not None:
-        canvas = _paint(canvas, draw_mark(mark, placement), _INK)
-    canvas = _paint(canvas, draw_shape(shape, placement), shade)
+        canvas = paint(canvas, draw_mark(mark, placement), INK)
+    canvas = paint(canvas, draw_shape(shape, placement), shade)
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def _paint(canvas: np.ndarray, cover: np.ndarray, paint: tuple[int, int, int] | np.ndarray) -> np.ndarray:
-    return canvas * (1 - cover[..., None]) + np.asarray(paint) * cover[..., None]
+def paint(canvas: np.ndarray, cover: np.ndarray, shade: tuple[int, int, int] | np.ndarray) -> np.ndarray:
+    """Return the canvas [height, width, 3] with a shade over it where `cover` [height, width] is 1."""
+    return canvas * (1 - cover[..., None]) + np.asarray(shade) * cover[..., None]
 
 
-def draw_shape(shape: str, placement: Placement) -> np.ndarray:
-    """Return how much of each pixel a shape covers [SIZE_PX, SIZE_PX], 0 to 1."""
+def draw_shape(shape: str, placement: Placement, size_px: int = SIZE_PX) -> np.ndarray:
+    """Return how much of each pixel a shape covers [size_px, size_px], 0 to 1."""
     x, y, radius = placement.x_px, placement.y_px, placement.radius_px
-    pen = _Pen()
+    pen = Pen(size_px)
     if shape == "circle":
         pen.disc(x, y, radius)
     elif shape == "square":
@@ -141,19 +142,14 @@ def draw_shape(shape: str, placement: Placement) -> np.ndarray:
 def draw_mark(mark: str, placement: Placement) -> np.ndarray:
     """Return how much of each pixel a mark covers [SIZE_PX, SIZE_PX], 0 to 1, with nothing in front of it."""
     x, y, radius = placement.x_px, placement.y_px, placement.radius_px
-    pen = _Pen()
+    pen = Pen(SIZE_PX)
     if mark == "stripes":
         for top in range(2, SIZE_PX, 16):
             pen.polygon([(0, top), (SIZE_PX, top), (SIZE_PX, top + 4), (0, top + 4)])
     elif mark == "zigzag":
         pen.line([(step * 8 - 4, 60 if step % 2 else 53) for step in range(10)], 3.5)
     elif mark == "thorns":
-        for step in range(8):
-            angle = math.tau * (step + 0.5) / 8
-            along, across = (math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))
-            foot, tip, half = 1.45 * radius, 2.05 * radius, 0.3 * radius
-            corners = [(foot, half), (tip, 0.0), (foot, -half)]
-            pen.polygon([(x + a * along[0] + b * across[0], y + a * along[1] + b * across[1]) for a, b in corners])
+        pen.spikes(x, y, 1.45 * radius, 2.05 * radius, half=0.3 * radius, tip=0.0, turn=0.5)
     elif mark == "dots":
         for dot_x in (8, SIZE_PX - 8):
             for dot_y in (8, SIZE_PX - 8):
@@ -173,11 +169,12 @@ def draw_mark(mark: str, placement: Placement) -> np.ndarray:
     return pen.cover()
 
 
-class _Pen:
+class Pen:
     """Draws in units of pixels on a finer grid, then averages, so that edges are smooth and places are fractional."""
 
-    def __init__(self) -> None:
-        self._image = Image.new("L", (SIZE_PX * _OVERSAMPLING, SIZE_PX * _OVERSAMPLING))
+    def __init__(self, size_px: int) -> None:
+        self._size_px = size_px
+        self._image = Image.new("L", (size_px * _OVERSAMPLING, size_px * _OVERSAMPLING))
         self._draw = ImageDraw.Draw(self._image)
 
     def polygon(self, points: list[tuple[float, float]], ink: int = 255) -> None:
@@ -189,10 +186,22 @@ class _Pen:
         angles = [math.tau * step / steps for step in range(steps)]
         self.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles], ink)
 
+    def spikes(self, x: float, y: float, inner: float, outer: float, *, half: float, tip: float, turn: float) -> None:
+        """Draw eight of them around a place, twice `half` wide at their inner ends and twice `tip` at their outer ones.
+
+        Args:
+            turn: of the first one against the x axis, in eighths of a circle.
+        """
+        for step in range(8):
+            angle = math.tau * (step + turn) / 8
+            along, across = (math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))
+            corners = [(inner, half), (outer, tip), (outer, -tip), (inner, -half)]
+            self.polygon([(x + a * along[0] + b * across[0], y + a * along[1] + b * across[1]) for a, b in corners])
+
     def line(self, points: list[tuple[float, float]], width: float) -> None:
         fine = [(x * _OVERSAMPLING, y * _OVERSAMPLING) for x, y in points]
         self._draw.line(fine, fill=255, width=round(width * _OVERSAMPLING), joint="curve")
 
     def cover(self) -> np.ndarray:
         fine = np.asarray(self._image, dtype=np.float32) / 255
-        return fine.reshape(SIZE_PX, _OVERSAMPLING, SIZE_PX, _OVERSAMPLING).mean(axis=(1, 3))
+        return fine.reshape(self._size_px, _OVERSAMPLING, self._size_px, _OVERSAMPLING).mean(axis=(1, 3))
