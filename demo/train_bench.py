@@ -90,12 +90,17 @@ class Training:
         tensors = load_file(self.path)
         with safe_open(self.path, "pt") as file:
             self.step = int(file.metadata()["step"])
-        self.average = {name: tensors[f"average.{name}"] for name in self.weights}
+
+        def placed(name: str, weight: Tensor) -> Tensor:
+            # In the weight's memory format: the fused optimizer goes through memory without asking.
+            return torch.empty_like(weight, requires_grad=False).copy_(tensors[name])
+
+        self.average = {name: placed(f"average.{name}", weight) for name, weight in self.weights.items()}
         moments: dict[int, dict[str, Tensor]] = {}
         with torch.no_grad():
             for index, (name, weight) in enumerate(self.weights.items()):
                 weight.copy_(tensors[f"weight.{name}"])
-                moments[index] = {key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")}
+                moments[index] = {key: placed(f"{key}.{name}", weight) for key in ("exp_avg", "exp_avg_sq")}
                 moments[index]["step"] = torch.tensor(float(self.step))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
@@ -136,7 +141,7 @@ class Training:
         self.step += 1
         decay = min(EMA_DECAY, self.step / (self.step + 10))
         torch._foreach_lerp_(list(self.average.values()), [w.detach() for w in self.weights.values()], 1 - decay)
-        return float(loss)
+        return float(loss.detach())
 
 
 def learning_rate(step: int, steps: int) -> float:

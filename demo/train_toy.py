@@ -90,7 +90,7 @@ def train_autoencoder(
         deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
         loss = error.abs().mean() + error.square().mean() + 0.02 * (mean.square() + (deviation - 1).square()).sum()
         take_step(optimizer, model, loss)
-        on_step(step, float(loss))
+        on_step(step, float(loss.detach()))
     return model.eval()
 
 
@@ -141,7 +141,7 @@ def train_unet(
         take_step(optimizer, unet, loss)
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 1 - decay)
-        on_step(step, float(loss))
+        on_step(step, float(loss.detach()))
     with torch.no_grad():
         for parameter, mean in zip(trained, average, strict=True):
             parameter.copy_(mean)
