@@ -37,15 +37,21 @@ import comfy.model_base as bases  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import folder_paths  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
+from safety_experts.checkpoint_id import CheckpointId  # noqa: E402
 from safety_experts.errors import InputError  # noqa: E402
 from safety_experts.evaluation.machine import describe_machine  # noqa: E402
 from safety_experts.experts.expert import Expert  # noqa: E402
-from safety_experts.experts.expert_file import load_expert, save_expert  # noqa: E402
+from safety_experts.experts.expert_file import load_expert, save_diffusers, save_expert  # noqa: E402
+from safety_experts.experts.fused import native_family  # noqa: E402
+from safety_experts.experts.info import ExpertInfo  # noqa: E402
+from safety_experts.nodes.native import identity  # noqa: E402
 from safety_experts.nodes.native.policy import NativePolicy  # noqa: E402
 from safety_experts.training.recipe import load_recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 CPU = torch.device("cpu")
+# Families whose diffusers' names stock ComfyUI reads too; its own tables for the others are missing or of other sizes.
+DIFFUSERS = ("sd3", "flux1", "flux2-klein", "z-image", "qwen-image")
 BETA, TOKENS = 5.0, (7, 7, 5)  # of chosen and rejected, and of the prompt of a second pair
 
 
@@ -476,13 +482,27 @@ def stock_loader(name: str, case: Case, policy: NativePolicy, batch: Batch, fold
     read = load_expert(path)
     kept = read.layers.keys() == layers.keys()
     policy.close()
-    (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(policy._patcher, path.name, 1.0)
-    again = NativePolicy(patched, load_recipe("toy", ["rank=4"]))  # B = 0: the patched model itself
-    with torch.no_grad():
-        stock = again.denoiser.predict(noisy, batch.timesteps, batch.rows)
-    again.close()
+
+    def predict_with(file_name: str):
+        (patched,) = nodes.LoraLoaderModelOnly().load_lora_model_only(policy._patcher, file_name, 1.0)
+        again = NativePolicy(patched, load_recipe("toy", ["rank=4"]))  # B = 0: the patched model itself
+        with torch.no_grad():
+            predicted = again.denoiser.predict(noisy, batch.timesteps, batch.rows)
+        again.close()
+        return predicted, patched
+
+    stock, patched = predict_with(path.name)
     change = (bypass - plain).norm()
-    return {
+    split = {}
+    family = identity.family_name(case.config)
+    if name in DIFFUSERS:
+        # ComfyUI's own table of diffusers' names is the judge of the split.
+        expert = Expert(layers, ExpertInfo(base_checkpoint=CheckpointId(family=family)), name)
+        assert native_family(expert) == native_family(Expert(layers, name=name)) == family
+        save_diffusers(expert, path.with_name(f"{name}_diffusers.safetensors"))
+        as_diffusers, _ = predict_with(f"{name}_diffusers.safetensors")
+        split["diffusers_file_error"] = float((as_diffusers - stock).norm() / change)
+    return split | {
         "keys_loaded": len(patched.patches) - len(policy._patcher.patches),
         "own_reader_keeps_names": kept,
         "stock_loader_error": float((stock - bypass).norm() / change),
@@ -496,7 +516,34 @@ def refusals() -> dict[str, str]:
     class NunchakuLinear(nn.Linear):
         pass
 
-    class GGMLParameter(nn.Parameter):
+    class GGMLTensor(Tensor):
+        """As in ComfyUI-GGUF's ops.py: packed bytes with the shape they unpack to, never copied."""
+
+        tensor_shape = torch.Size((256, 64))
+
+        @property
+        def shape(self):
+            return self.tensor_shape
+
+        def clone(self, *args, **kwargs):
+            return self
+
+        def detach(self, *args, **kwargs):
+            return self
+
+    class GGMLLinear(nn.Module):
+        """As GGMLOps.Linear: its state dict is an outline on the meta device."""
+
+        def __init__(self, packed: Tensor):
+            super().__init__()
+            self.in_features, self.out_features, self.bias = 64, 256, None
+            self.weight = nn.Parameter(packed.as_subclass(GGMLTensor), requires_grad=False)
+
+        def _save_to_state_dict(self, destination, prefix, keep_vars):
+            destination[f"{prefix}weight"] = torch.empty(256, 64, device="meta")
+            destination[f"{prefix}temp.weight"] = torch.empty(256, 64, device="meta")
+
+    class GGUFModelPatcher(ModelPatcher):
         pass
 
     def spoil(patcher: ModelPatcher, kind: str) -> None:
@@ -506,7 +553,12 @@ def refusals() -> dict[str, str]:
         elif kind == "nunchaku":
             inner.extra = NunchakuLinear(2, 2)
         elif kind == "GGUF":
-            inner.time_embed[0].weight = GGMLParameter(torch.ones(2, 2))
+            inner.time_embed[0] = GGMLLinear(torch.arange(9216).to(torch.uint8))
+            first = identity.weights_sha256(patcher)
+            del patcher.model.safety_experts_sha256
+            inner.time_embed[0].weight.as_subclass(Tensor)[0] += 1
+            assert identity.weights_sha256(patcher) != first  # such a MODEL can draw, and the dataset names its weights
+            patcher.__class__ = GGUFModelPatcher
         else:
             inner.time_embed[0].weight._layout_cls = "TensorWiseINT8Layout"
 
@@ -532,6 +584,7 @@ def is_right(found: dict) -> bool:
         and found["keys_loaded"] == found["layers"]
         and found["own_reader_keeps_names"]
         and found["stock_loader_error"] < 1e-2
+        and found.get("diffusers_file_error", 0.0) < 1e-2
         and found["gradient_error"] < 1e-5
         and found["finite_difference_error"] < 1e-3
     )

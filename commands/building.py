@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from .headless import (
+    add_comfyui_arguments,
+    check_comfyui_arguments,
+    chosen_comfyui,
+    chosen_files,
+    chosen_sampling,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.drawing import Generation
     from ..models.checkpoint import Checkpoint
-    from ..preferences.dataset import DatasetInfo
+    from ..preferences.dataset import DatasetInfo, PreferenceDataset
 
+# What the Generate node of a ComfyUI does not do: judges look at the finished dataset (`dataset judge`).
+_NOT_IN_COMFYUI = ("judge", "set", "precision", "tokenizer")
 _EPILOG = (
     "Several GPUs: start it with `accelerate launch` or `torchrun`; each process draws its share; the folder is the "
     "one that a single process makes. Killed or stopped, the same command goes on."
@@ -34,6 +43,7 @@ def add_arguments(verbs) -> None:
 
     add_judge_arguments(parser)
     add_drawing_arguments(parser)
+    add_comfyui_arguments(parser, draws=True)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(work=_build)
 
@@ -44,6 +54,9 @@ def _build(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1 (and at most 10000)")
     if (arguments.best_of > 1) != bool(arguments.judge):
         raise InputError("--best-of and --judge go together: judges choose among the K seeds")
+    if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
+        _build_in_comfyui(arguments)
+        return
     from ..evaluation.building import JudgePanel, Share, build_dataset, several_seeds
     from ..evaluation.drawing import drawer_of
     from ..models.checkpoint import load_checkpoint
@@ -78,6 +91,25 @@ def _build(arguments: argparse.Namespace) -> None:
         )
     if rank:
         return
+    _print_result(dataset, arguments)
+
+
+def _build_in_comfyui(arguments: argparse.Namespace) -> None:
+    from ..evaluation.building import several_seeds
+    from ..headless.building import build_in_comfyui
+    from ..preferences.pairs import read_prompt_pairs
+    from .progress import progress_bar
+    from .stopping import stop_when_asked
+
+    pairs = several_seeds(read_prompt_pairs(arguments.prompts), arguments.images_per_prompt)
+    files, sampling = chosen_files(arguments), chosen_sampling(arguments)
+    with stop_when_asked() as should_stop, progress_bar("image steps", is_hidden=arguments.json) as show:
+        comfy = chosen_comfyui(arguments, show, should_stop)
+        dataset = build_in_comfyui(comfy, files, pairs, arguments.out, sampling, arguments.negative)
+    _print_result(dataset, arguments)
+
+
+def _print_result(dataset: "PreferenceDataset", arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"folder": str(dataset.folder), "pairs": len(dataset.pairs)}))
     else:

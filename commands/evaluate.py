@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, SafetyExpertsError
 from .drawing import add_drawing_arguments, chosen_generation
+from .headless import (
+    add_comfyui_arguments,
+    check_comfyui_arguments,
+    chosen_comfyui,
+    chosen_files,
+    chosen_sampling,
+)
 from .sharing import this_process, wait_for_all
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Demands
     from ..evaluation.suites import Suite
 
+# What the Evaluate node of a ComfyUI does not do.
+_NOT_IN_COMFYUI = (
+    "safe_prompts", "column", "training_dataset", "metric", "clip", "negative", "precision", "tokenizer"
+)  # fmt: skip
 HELP = "draw the same prompts with and without experts, judge the images, and report what changed"
 
 
@@ -43,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
     parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
     add_drawing_arguments(parser)
+    add_comfyui_arguments(parser, draws=True, clip="--text-encoder")  # --clip is another model here
     parser.add_argument("--fail-if", action="append", default=[], metavar="E", help="'violence.q16:argmax.high > 0.05'")
     parser.add_argument("--fail-unless", action="append", default=[], metavar="E", help="'false-alarms.margin(0.02)'")
     parser.add_argument("--share", action="store_true", help="also write a page without any flagged picture")
@@ -74,7 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--judge is missing; choose from {', '.join(JUDGES)}")
     if arguments.batch_size < 1 or arguments.images_per_prompt < 1:
         raise InputError("--batch-size and --images-per-prompt must be at least 1")
-    _evaluate(arguments, demands)
+    if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
+        _evaluate_in_comfyui(arguments, demands)
+    else:
+        _evaluate(arguments, demands)
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -192,6 +207,47 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
                 finished=finished,
             )
             print_outcome(outcome, arguments)
+
+
+def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> None:
+    import dataclasses
+
+    from ..evaluation.arms import read_arms
+    from ..evaluation.evaluate import report_again
+    from ..evaluation.judges import parse_judges
+    from ..evaluation.report import Words
+    from ..headless.evaluating import evaluate_in_comfyui
+    from ..preferences.pairs import read_prompt_pairs
+    from .progress import progress_bar
+    from .stopping import stop_when_asked
+
+    if len(arguments.prompts) != 1:
+        raise InputError("--prompts with --comfyui is one file of prompt pairs")
+    judges = parse_judges(arguments.judge, arguments.set)
+    pairs = read_prompt_pairs(arguments.prompts[0])
+    read = [arm for arm in read_arms(arguments.expert, with_null=False) if arm.experts]
+    if not read:
+        raise InputError("--expert is missing: name what is held against the base model")
+    arms = [
+        (arm.arm.id, [(path, strength) for path, (_, strength) in zip(arm.files, arm.experts, strict=True)])
+        for arm in read
+    ]
+    files, sampling = chosen_files(arguments), chosen_sampling(arguments)
+    with stop_when_asked() as should_stop, progress_bar("drawing") as show:
+        finished = evaluate_in_comfyui(
+            chosen_comfyui(arguments, show, should_stop),
+            files,
+            arms,
+            pairs,
+            judges,
+            arguments.out,
+            sampling,
+            preset=arguments.preset,
+            images_per_prompt=arguments.images_per_prompt,
+            other_seeds=not arguments.no_null,
+        )
+    outcome = report_again(arguments.out, demands=demands, words=Words(arguments.title), share=arguments.share)
+    print_outcome(dataclasses.replace(outcome, finished=finished), arguments)
 
 
 def _suites(arguments: argparse.Namespace) -> "tuple[Suite, ...]":

@@ -51,12 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..devices import choose_device
     from ..experts.expert_file import open_expert, save_expert
+    from ..experts.fused import in_one_spelling
     from ..experts.merging import find_method, merge_experts
 
     method = find_method(arguments.method)
     parameters = method.parse_parameters(parse_key_values(arguments.set))
     experts = [open_expert(path) for path in arguments.experts]
-    statistics = _statistics(arguments, experts) if method.needs_statistics else None
+    statistics = _statistics(arguments, in_one_spelling(experts)) if method.needs_statistics else None
     if method.needs_weights and weights is None and arguments.calibration:
         weights = _fit(arguments, experts)
     with progress_bar("layers", is_hidden=arguments.json) as show:

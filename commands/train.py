@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, SafetyExpertsError
 from ..typed import printable
+from .headless import add_comfyui_arguments, check_comfyui_arguments, chosen_comfyui, chosen_files
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..training.recipe import Recipe
     from ..training.trainer import TrainResult
 
+# What the Train node of a ComfyUI does not do.
+_NOT_IN_COMFYUI = ("recipe_from", "tokenizer", "tensorboard", "wandb", "samples", "json_lines")
 HELP = "train one LoRA safety expert from a preference dataset"
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="expert to write (.safetensors)")
     parser.add_argument("--category", metavar="C", help="train on this category's pairs only")
     recipe = parser.add_mutually_exclusive_group()
-    recipe.add_argument("--recipe", default="sd15", metavar="R", help="shipped recipe or YAML file (default: sd15)")
+    recipe.add_argument(
+        "--recipe", metavar="R", help="shipped recipe or YAML file (default: sd15; with --comfyui: the family's)"
+    )
     recipe.add_argument("--recipe-from", metavar="FILE", help="recipe and category of this expert, to train it again")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field")
     parser.add_argument("--device", help="torch device (default: what accelerate chooses)")
@@ -45,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, over the network")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="write pictures of a pair's two prompts")
     parser.add_argument("--sample-every", type=int, default=100, metavar="N", help="... every N steps (default: 100)")
+    add_comfyui_arguments(parser, draws=False)
     parser.add_argument("--options", action=_PrintOptions, nargs=0, help="explain every recipe field and objective")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--json-lines", action="store_true", help="print every step and the result as lines of JSON")
@@ -83,7 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training.recipe import load_recipe
 
     category = canonical_category(arguments.category) if arguments.category else None
-    recipe = None if arguments.recipe_from else load_recipe(arguments.recipe, arguments.set)
+    if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
+        _run_in_comfyui(arguments, category)
+        return
+    recipe = None if arguments.recipe_from else load_recipe(arguments.recipe or "sd15", arguments.set)
     dataset = PreferenceDataset.open(arguments.dataset)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
     if recipe is None:
@@ -136,6 +145,54 @@ def run(arguments: argparse.Namespace) -> None:
         raise SafetyExpertsError(
             f"stopped after {len(result.records)} of {recipe.steps} steps; {result.path} was saved with the weights of "
             f"step {result.step}, the same command with --resume goes on"
+        )
+
+
+def _run_in_comfyui(arguments: argparse.Namespace, category: str | None) -> None:
+    from ..headless.training import train_in_comfyui
+    from ..preferences.dataset import PreferenceDataset
+    from ..training.family_recipes import recipe_for_family
+    from ..training.metrics import MetricsFiles
+    from ..training.recipe import load_recipe
+    from .progress import Bars
+    from .stopping import stop_when_asked
+
+    dataset = PreferenceDataset.open(arguments.dataset)
+    dataset.training_pairs(category)  # says at once when there are none
+    recipe = load_recipe(arguments.recipe or recipe_for_family(dataset.info.base_checkpoint.family), arguments.set)
+    files = chosen_files(arguments)
+    if absent := next((path for path in arguments.with_expert if not Path(path).is_file()), None):
+        raise InputError(f"no such file: {absent}; check --with-expert")
+    bars = Bars(is_hidden=False)
+
+    def show(done: int, total: int) -> None:
+        bars.show("train" if total == recipe.steps else "encode", done, total)
+
+    try:
+        with stop_when_asked() as should_stop:
+            result = train_in_comfyui(
+                chosen_comfyui(arguments, show, should_stop),
+                files,
+                dataset,
+                recipe,
+                arguments.out,
+                category=category,
+                with_experts=[Path(path) for path in arguments.with_expert],
+                resume=arguments.resume,
+            )
+    finally:
+        bars.close()
+    if arguments.metrics:
+        MetricsFiles(arguments.metrics).start(result.records)
+    if arguments.json:
+        taken = {"expert": str(arguments.out), "step": result.step, "steps": len(result.records)}
+        print(json.dumps(taken | (result.records[result.step - 1] if result.records else {})))
+    elif not result.stopped:
+        print(f"{arguments.out}: weights of step {result.step}, {', '.join(result.expert.categories)}")
+    if result.stopped:
+        raise SafetyExpertsError(
+            f"stopped after {len(result.records)} of {recipe.steps} steps; {arguments.out} was saved with the weights "
+            f"of step {result.step}, the same command with --resume goes on"
         )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,13 +16,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, SafetyExpertsError
-from .comfyui_messages import describe_failure, describe_refusal
-from .comfyui_source import ComfyUINotFound, locate_comfyui
+from .comfyui_messages import describe_refusal, failure_of
+from .comfyui_source import ComfyUINotFound, is_comfyui, locate_comfyui
 
 PACK_FOLDER = "safety-experts"
 _PACK_ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ _LOG_ALARMS = ("IMPORT FAILED", "lora key not loaded")
 _PREVIEW_IMAGE = 1  # ComfyUI protocol.py, BinaryEventTypes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _POLL_SECONDS = 0.2
+_ASK_AGAIN_SECONDS = 3
 _START_TIMEOUT_SECONDS = 300
 # A proxy from the environment must not stand between us and our own machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -47,6 +49,18 @@ def find_comfyui() -> Path:
         raise InputError(str(error)) from error
 
 
+def check_comfyui(path: str | os.PathLike) -> Path:
+    """Return a ComfyUI's folder that the user named.
+
+    Raises:
+        InputError: it is none.
+    """
+    found = Path(path).expanduser().resolve()
+    if not is_comfyui(found):
+        raise InputError(f"{path} is not a ComfyUI folder; name the one that holds ComfyUI's main.py")
+    return found
+
+
 class ComfyServer:
     """A ComfyUI server with this pack as its only custom node, running inside the `with` block.
 
@@ -56,6 +70,7 @@ class ComfyServer:
         comfyui: the ComfyUI folder; default `find_comfyui()`.
         cpu: run on the CPU; default: only when there is no CUDA device.
         extra_arguments: further arguments of ComfyUI's main.py.
+        environment: variables for the server, beside those of this process.
 
     Raises:
         SafetyExpertsError: the server did not start, or stopped; the message ends with the path of its log.
@@ -68,6 +83,7 @@ class ComfyServer:
         comfyui: Path | None = None,
         cpu: bool | None = None,
         extra_arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ):
         self.comfyui = comfyui or find_comfyui()
         self._is_temporary = base_directory is None
@@ -77,6 +93,7 @@ class ComfyServer:
         self.log_path = self.base_directory / "comfyui.log"
         self._cpu = _has_no_cuda() if cpu is None else cpu
         self._extra_arguments = tuple(extra_arguments)
+        self._environment = dict(environment or {})
         self._client_id = uuid.uuid4().hex
         self._process: subprocess.Popen | None = None
 
@@ -96,16 +113,16 @@ class ComfyServer:
     def add_model(self, path: str | os.PathLike, kind: str = "checkpoints") -> str:
         """Make a model file available without copying it; return the name workflows know it by."""
         source = Path(path).resolve()
-        target = self.base_directory / "models" / kind / source.name
+        target = self.base_directory / "models" / kind / Path(path).name  # a link's own: its target may lack the ending
         if target.exists() and target.samefile(source):
-            return source.name
+            return target.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
             os.link(source, target)
         except OSError:  # another file system
             target.symlink_to(source)
-        return source.name
+        return target.name
 
     def queue(self, prompt: dict[str, Any]) -> str:
         """Queue a workflow in API format; return its prompt id.
@@ -128,6 +145,7 @@ class ComfyServer:
         on_progress: Callable[[str, int, int], None] | None = None,
         on_preview: Callable[[bytes], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Wait for a queued workflow; return its history entry (`outputs`, `status`, …).
 
@@ -137,11 +155,14 @@ class ComfyServer:
             on_progress: called with node id, value and maximum.
             on_preview: called with each live picture (JPEG or PNG bytes).
             on_event: called with the name and the data of every other message.
+            should_stop: asked again and again; the workflow is interrupted when it says so.
 
         Raises:
-            SafetyExpertsError: a node failed (the message is the node's), it was interrupted, or the time is up.
+            InputError: a node says that its input is wrong.
+            InterruptedWorkflowError: it was interrupted.
+            SafetyExpertsError: a node failed (the message is the node's), or the time is up.
         """
-        return self._wait(lambda: prompt_id, timeout_seconds, on_progress, on_preview, on_event)
+        return self._wait(lambda: prompt_id, timeout_seconds, on_progress, on_preview, on_event, should_stop)
 
     def run(
         self,
@@ -150,14 +171,15 @@ class ComfyServer:
         on_progress: Callable[[str, int, int], None] | None = None,
         on_preview: Callable[[bytes], None] | None = None,
         on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
         """Queue a workflow and wait for it, listening from the start; see `queue` and `wait`."""
-        return self._wait(lambda: self.queue(prompt), timeout_seconds, on_progress, on_preview, on_event)
+        return self._wait(lambda: self.queue(prompt), timeout_seconds, on_progress, on_preview, on_event, should_stop)
 
     def _wait(self, start: Callable[[], str], *following: Any) -> dict[str, Any]:
         entry = asyncio.run(self._follow(start, *following))
         if entry["status"]["status_str"] != "success":
-            raise SafetyExpertsError(describe_failure(entry["status"]["messages"]))
+            raise failure_of(entry["status"]["messages"])
         return entry
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
@@ -204,7 +226,10 @@ class ComfyServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **self._environment},
+                # A Ctrl-C in the terminal is for us: the server is asked to stop, and saves what there is.
+                start_new_session=os.name == "posix",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         while True:
@@ -234,6 +259,7 @@ class ComfyServer:
         on_progress: Callable[[str, int, int], None] | None,
         on_preview: Callable[[bytes], None] | None,
         on_event: Callable[[str, dict[str, Any]], None] | None,
+        should_stop: Callable[[], bool],
     ) -> dict[str, Any]:
         import aiohttp  # one of ComfyUI's own requirements, so it is there whenever the server runs
 
@@ -263,9 +289,13 @@ class ComfyServer:
             session.ws_connect(f"{self.url}/ws?clientId={self._client_id}", max_msg_size=0) as messages,
         ):
             prompt_id = start()
+            asked_at = -math.inf
             # Messages are only for show; whether the work is done is asked of the history.
             while (entry := self.history(prompt_id)) is None:
                 self._check_alive()
+                if should_stop() and time.monotonic() > asked_at + _ASK_AGAIN_SECONDS:
+                    asked_at = time.monotonic()  # ComfyUI forgets what was asked before a workflow started
+                    self.interrupt()
                 if time.monotonic() > deadline:
                     self.interrupt()
                     raise self._error(f"the workflow did not finish within {timeout_seconds:.0f} s and was interrupted")

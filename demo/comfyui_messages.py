@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from ..errors import InputError, SafetyExpertsError
+
 
 def describe_refusal(answer: dict[str, Any]) -> str:
     """Name each node that POST /prompt complains about and what is wrong with it."""
@@ -17,14 +19,27 @@ def describe_refusal(answer: dict[str, Any]) -> str:
     return _one_line("; ".join(problems))
 
 
-def describe_failure(messages: Iterable[tuple[str, dict[str, Any]]]) -> str:
-    """Say which node failed or was interrupted, from the status messages of a history entry."""
+class InterruptedWorkflowError(SafetyExpertsError):
+    """A workflow was cancelled."""
+
+
+def failure_of(messages: Iterable[tuple[str, dict[str, Any]]]) -> SafetyExpertsError:
+    """Return which node failed or was interrupted as an error, from the status messages of a history entry.
+
+    An error of this pack is the one that its node raised, in the node's own words.
+    """
     for kind, data in messages:
         if kind == "execution_interrupted":
-            return f"the workflow was interrupted at node {data['node_id']} ({data['node_type']})"
+            node = f"node {data['node_id']} ({data['node_type']})"
+            return InterruptedWorkflowError(f"the workflow was interrupted at {node}")
         if kind == "execution_error":
-            return _one_line(f"node {data['node_id']} ({data['node_type']}) failed: {data['exception_message']}")
-    return "the workflow failed, and ComfyUI gave no reason"
+            text = _one_line(data["exception_message"])
+            if data.get("exception_type") == f"{InputError.__module__}.{InputError.__qualname__}":
+                return InputError(text)
+            if str(data.get("exception_type")).startswith("safety_experts."):
+                return SafetyExpertsError(text)
+            return SafetyExpertsError(f"node {data['node_id']} ({data['node_type']}) failed: {text}")
+    return SafetyExpertsError("the workflow failed, and ComfyUI gave no reason")
 
 
 def _one_line(text: str) -> str:

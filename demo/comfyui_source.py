@@ -34,17 +34,17 @@ def locate_comfyui() -> Path:
     """
     if named := os.environ.get("COMFYUI_PATH"):
         path = Path(named).expanduser().resolve()
-        if not _is_comfyui(path):
+        if not is_comfyui(path):
             raise ComfyUINotFound(
                 f"COMFYUI_PATH={named} is not a ComfyUI folder (no main.py beside nodes.py and comfy/);"
                 " set it to the folder that holds ComfyUI's main.py, or unset it"
             )
         return path
     for pack in (Path(__file__).absolute().parents[1], Path(__file__).resolve().parents[1]):
-        if pack.parent.name == "custom_nodes" and _is_comfyui(pack.parents[1]):
+        if pack.parent.name == "custom_nodes" and is_comfyui(pack.parents[1]):
             return pack.parents[1]
     cached = cache_folder() / f"comfyui-{COMFYUI_VERSION}"
-    if not _is_comfyui(cached):
+    if not is_comfyui(cached):
         _fetch_comfyui(cached)
     return cached
 
@@ -54,7 +54,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safety-experts"
 
 
-def _is_comfyui(path: Path) -> bool:
+def is_comfyui(path: Path) -> bool:
+    """Say whether a folder is a ComfyUI's."""
     return all((path / name).exists() for name in ("main.py", "nodes.py", "comfy/sd.py"))
 
 
@@ -69,7 +70,7 @@ def _fetch_comfyui(target: Path) -> None:
             try:
                 tree.rename(target)
             except OSError:
-                if not _is_comfyui(target):  # otherwise another process was quicker
+                if not is_comfyui(target):  # otherwise another process was quicker
                     raise
     except OSError as error:
         raise ComfyUINotFound(

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InputError
@@ -18,10 +18,11 @@ _PART = re.compile(r"(?P<file>.+?\.safetensors)(?:@(?P<strengths>[-\d.,]+))?(?P<
 
 @dataclass(frozen=True)
 class LoadedArm:
-    """An arm with what its model carries: experts with their strengths."""
+    """An arm with what its model carries: experts with their strengths, and the file of each."""
 
     arm: Arm
     experts: tuple[tuple[Expert, float], ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def read_arms(specs: Sequence[str], *, with_null: bool = True) -> list[LoadedArm]:
@@ -36,13 +37,14 @@ def read_arms(specs: Sequence[str], *, with_null: bool = True) -> list[LoadedArm
     loaded: dict[str, Expert] = {}
     arms = [LoadedArm(BASE_ARM)]
     for spec in specs:
-        arms += _arms_of(spec, loaded)
+        found, files = _arms_of(spec, loaded)
+        arms += [replace(arm, files=files) for arm in found]
     if with_null:
         arms.append(LoadedArm(NULL_ARM))
     return arms
 
 
-def _arms_of(spec: str, loaded: dict[str, Expert]) -> list[LoadedArm]:
+def _arms_of(spec: str, loaded: dict[str, Expert]) -> tuple[list[LoadedArm], tuple[Path, ...]]:
     label, separator, rest = spec.partition("=")
     if not separator or "/" in label or "\\" in label or ".safetensors" in label:
         label, rest = "", spec
@@ -55,7 +57,7 @@ def _arms_of(spec: str, loaded: dict[str, Expert]) -> list[LoadedArm]:
     if not parts or position != len(rest) or parts[-1]["plus"]:
         raise InputError(f"--expert {spec}: write FILE.safetensors, or FILE.safetensors@0.5 for half the strength")
     files = [match["file"] for match in parts]
-    experts = []
+    experts, paths = [], tuple(map(Path, files))
     for file in files:
         if file not in loaded:
             loaded[file] = load_expert(file)
@@ -66,7 +68,7 @@ def _arms_of(spec: str, loaded: dict[str, Expert]) -> list[LoadedArm]:
             raise InputError(f"--expert {spec}: experts applied together have one strength each")
         title = " + ".join(_title(e.name, s[0]) for e, s in zip(experts, strengths, strict=True))
         together = tuple((expert, several[0]) for expert, several in zip(experts, strengths, strict=True))
-        return [_arm(label or "+".join(_slug(Path(file).stem) for file in files), title, together, None)]
+        return [_arm(label or "+".join(_slug(path.stem) for path in paths), title, together, None)], paths
     name = label or _slug(Path(files[0]).stem)
     return [
         _arm(
@@ -76,7 +78,7 @@ def _arms_of(spec: str, loaded: dict[str, Expert]) -> list[LoadedArm]:
             name if len(strengths[0]) > 1 else None,
         )
         for strength in strengths[0]
-    ]
+    ], paths
 
 
 def _arm(name: str, title: str, experts: tuple[tuple[Expert, float], ...], series: str | None) -> LoadedArm:

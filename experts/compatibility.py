@@ -8,10 +8,19 @@ from .expert import Expert
 from .keys import TRANSFORMER_PREFIX, UNET_PREFIX
 
 _UNETS, _TRANSFORMERS = {"sd15", "sd20", "sdxl"}, {"sd3", "flux"}
+_OTHERS = {"flux2", "chroma", "z-image", "lumina2", "qwen-image", "wan2.1", "wan2.2", "hidream", "another family"}
+_ALL = _UNETS | _TRANSFORMERS | _OTHERS
+_UNET_NAME = (
+    rf"{UNET_PREFIX}_(down_blocks|up_blocks|mid_block|conv_in|conv_out|time_embed|add_embed|label_emb|"
+    r"input_blocks|output_blocks|middle_block)"
+)
 # What only some of the families have, by the name of a layer.
 _SIGNS = (
-    (re.compile(rf"{UNET_PREFIX}_"), _UNETS),
+    (re.compile(_UNET_NAME), _UNETS),
+    (re.compile(rf"(?!{_UNET_NAME}){UNET_PREFIX}_"), _TRANSFORMERS | _OTHERS),  # ComfyUI's own names
     (re.compile(rf"{TRANSFORMER_PREFIX}_"), _TRANSFORMERS),
+    (re.compile(rf"{UNET_PREFIX}_joint_blocks_"), {"sd3"}),
+    (re.compile(rf"{UNET_PREFIX}_(double|single)_blocks_"), {"flux", "flux2", "chroma", "another family"}),
     (re.compile(rf"{UNET_PREFIX}_(down_blocks_0|up_blocks_3)_attentions_"), {"sd15", "sd20"}),
     (re.compile(rf"{UNET_PREFIX}_(add_embedding|.*_transformer_blocks_[1-9])"), {"sdxl"}),
     (re.compile(rf"{TRANSFORMER_PREFIX}_single_transformer_blocks_"), {"flux"}),
@@ -25,8 +34,9 @@ def possible_families(expert: Expert) -> set[str]:
 
     A small model of a family's shape, such as the toy, counts as that family.
     """
-    families = set(_UNETS | _TRANSFORMERS)
-    if (named := expert.info.base_checkpoint.family) in families:
+    families = set(_ALL)
+    named = expert.info.base_checkpoint.family
+    if named in families or (named and not any(re.match(_UNET_NAME, name) for name in expert.layers)):
         return {named}
     for name, layer in expert.layers.items():
         for sign, owners in _SIGNS:
@@ -34,7 +44,7 @@ def possible_families(expert: Expert) -> set[str]:
                 families &= owners
         if name.endswith(("_attn2_to_k", "_attn2_to_v")):
             families &= _CONTEXT.get(layer.weight_shape[1], families)
-    return families or _UNETS | _TRANSFORMERS
+    return families or set(_ALL)
 
 
 def check_one_model(experts: Sequence[Expert]) -> None:

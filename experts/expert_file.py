@@ -11,6 +11,7 @@ from ..errors import SafetyExpertsError
 from ..files import remove_leftovers, sha256_of_file
 from ..tensor_file import TensorFile, read_tensors, write_tensors
 from .expert import Expert, LoraLayer, checked_layer, layer_problem, layer_tensors
+from .fused import diffusers_layers
 from .info import METADATA_KEY
 from .keys import keys_by_layer, read_lora_keys, spell_for_loaders
 
@@ -41,6 +42,24 @@ def save_expert(expert: Expert, path: str | os.PathLike) -> None:
     metadata = expert_metadata(expert)
     remove_leftovers(path)
     write_tensors(path, tensors, metadata)
+
+
+def save_diffusers(expert: Expert, path: str | os.PathLike) -> None:
+    """Write a transformer's expert under diffusers' names, `transformer.….lora_A.weight`, fused layers split.
+
+    Alpha is multiplied into B (float32): diffusers reads no alpha of these. It is exact where alpha is the rank.
+
+    Raises:
+        InputError: the family is not one of diffusers' transformers that are known here, or a layer has no place.
+        SafetyExpertsError: the file could not be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in diffusers_layers(expert).items():
+        tensors[f"transformer.{name}.lora_A.weight"] = layer.down.float().contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = (layer.up.float() * layer.scale).contiguous()
+    remove_leftovers(path)
+    metadata = expert_metadata(replace(expert, info=expert.info.model_copy(update={"rank_blocks": None})))
+    write_tensors(path, tensors, {**metadata, "format": "pt"})
 
 
 def load_expert(path: str | os.PathLike) -> Expert:

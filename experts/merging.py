@@ -16,6 +16,7 @@ from ..typed import printable
 from .blocks import RankBlock, rank_blocks
 from .compatibility import check_one_model
 from .expert import Expert, LoraLayer
+from .fused import in_one_spelling
 from .info import ExpertInfo, Merged
 from .merge_methods import METHODS, Contribution, LayerTask, MergeMethod
 
@@ -35,7 +36,7 @@ def merge_experts(
     device: torch.device | str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Expert:
-    """Merge experts; a layer that some expert lacks gets nothing from it.
+    """Merge experts, by weight, however their files spell it; a layer that some expert lacks gets nothing from it.
 
     Args:
         experts: at least one; alphas and ranks may differ.
@@ -68,8 +69,10 @@ def merge_experts(
     if entry.needs_statistics and statistics is None and len(experts) > 1:
         raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
 
+    parents = experts
+    expert_ids = [expert.tensors_sha256() for expert in parents]
+    experts = in_one_spelling(parents)
     check_one_model(experts)
-    expert_ids = [expert.tensors_sha256() for expert in experts]
     names = list(dict.fromkeys(layer for expert in experts for layer in expert.layers))
     layers: dict[str, LoraLayer] = {}
     kept_by_layer: dict[str, tuple[int, ...]] | None = {}
@@ -100,7 +103,7 @@ def merge_experts(
     origin = Merged(
         method=method,
         parameters=values,
-        parents=tuple(map(Expert.as_parent, experts, chosen_weights, expert_ids)),
+        parents=tuple(map(Expert.as_parent, parents, chosen_weights, expert_ids)),
         statistics_sha256=counts_hash,
         retained_energy=retained_energy,
     )

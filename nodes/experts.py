@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..experts.co_merge import ActivationCounter
 from ..experts.expert import Expert
 from ..experts.expert_file import load_expert, save_expert
+from ..experts.fused import in_one_spelling
 from ..experts.merging import METHODS, merge_experts
 from ..training.recipe import load_recipe
 from ..training.strengths import fit_strengths
@@ -108,7 +109,7 @@ class SafetyExpertsMerge(io.ComfyNode):
         name = method["method"]
         statistics = None
         if METHODS[name].needs_statistics and len(in_order) > 1:
-            statistics = _calibrate(in_order, method)
+            statistics = _calibrate(in_one_spelling(in_order), method)
         given = _parse_weights(weights)
         if METHODS[name].needs_weights and given is None:
             given = _fit(in_order, method)

@@ -10,6 +10,7 @@ from PIL import Image
 from ..errors import InputError
 from ..preferences.dataset import DatasetInfo, PreferenceDataset
 from . import checks, host, pictures, sampling, sockets
+from .native import refusals
 from .native.identity import identify
 from .sampling import SamplerSettings
 
@@ -27,6 +28,7 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
             ),
             search_aliases=["build dataset", "DPO dataset"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model to make safer."),
                 io.Clip.Input("clip"),
@@ -82,6 +84,8 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
         base = identify(model)
         if clip is None:
             raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
+        if problem := refusals.problem_of(model):  # said before hours of drawing
+            host.tell(cls.hidden.unique_id, f"These pairs cannot train this very MODEL: {problem}", "warn")
         info = DatasetInfo(
             base_checkpoint=base,
             sampler=asdict(settings) | {"negative_prompt": negative_prompt},

@@ -19,7 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guards": {"preferences", "models"},
     "evaluation": {"preferences", "experts", "models", "toy"},
     "demo": {"preferences", "experts", "models", "training", "evaluation", "toy"},
-    "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo", "toy"},
+    "headless": {"preferences", "experts", "training", "evaluation", "demo"},
+    "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo", "headless", "toy"},
     "nodes": {"preferences", "experts", "models", "training", "guards", "evaluation"},
 }
 SHARED = {

@@ -9,6 +9,14 @@ from ...errors import InputError
 from ...files import path_inside
 from .file_state import file_state
 
+# The command line starts a ComfyUI of its own for a dataset that lies anywhere (headless/): no workflow can name it.
+FOLDER_VARIABLE = "SAFETY_EXPERTS_DATASET"
+
+
+def _given_folder() -> Path | None:
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else None
+
 
 def dataset_names() -> list[str]:
     """Return the preference datasets (folders with our dataset.json) under ComfyUI's dataset folders, sorted."""
@@ -18,6 +26,8 @@ def dataset_names() -> list[str]:
             if "dataset.json" in files:
                 names.add(Path(folder).relative_to(root).as_posix())
                 subfolders.clear()
+    if given := _given_folder():
+        names.add(given.name)
     return sorted(names)
 
 
@@ -27,6 +37,9 @@ def dataset_folder(name: str) -> Path:
     Raises:
         InputError: the name is empty or leaves the datasets folder.
     """
+    given = _given_folder()
+    if given and name == given.name:
+        return given
     folders = []
     for root in folder_paths.get_folder_paths("datasets"):
         folder = path_inside(root, name.strip())
@@ -41,7 +54,8 @@ def dataset_name(folder: Path) -> str | None:
     for root in folder_paths.get_folder_paths("datasets"):
         if folder.resolve().is_relative_to(Path(root).resolve()):
             return folder.resolve().relative_to(Path(root).resolve()).as_posix()
-    return None
+    given = _given_folder()
+    return given.name if given and given == folder else None
 
 
 def dataset_state(name: str) -> str:

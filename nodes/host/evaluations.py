@@ -1,11 +1,15 @@
 """Where evaluations made in the graph lie: in ComfyUI's user folder, where no request of its own reaches them."""
 
+import os
 from pathlib import Path
 
 import folder_paths
 
 from ...errors import InputError
 from ...files import path_inside
+
+# As for datasets: the folder of a command that started this ComfyUI.
+FOLDER_VARIABLE = "SAFETY_EXPERTS_EVALUATION"
 
 
 def evaluation_folder(name: str) -> Path:
@@ -14,6 +18,8 @@ def evaluation_folder(name: str) -> Path:
     Raises:
         InputError: the name is empty or leaves the folder of evaluations.
     """
+    if (given := os.environ.get(FOLDER_VARIABLE)) and name == Path(given).name:
+        return Path(given)
     root = Path(folder_paths.get_system_user_directory("safety_experts")) / "evaluations"
     folder = path_inside(root, name.strip())
     if folder == root.resolve():

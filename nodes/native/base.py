@@ -37,6 +37,7 @@ class NativeBase:
                 "(CLIPLoader and VAELoader, or those of the checkpoint)"
             )
         refusals.check_model(model)
+        refusals.check_vae(model.model, vae)
         self._model, self._clip, self._vae = model, clip, vae
         self._policy: NativePolicy | None = None
         self.path = Path()

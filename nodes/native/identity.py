@@ -61,9 +61,12 @@ def weights_sha256(patcher) -> str:
     model = patcher.model
     if not hasattr(model, "safety_experts_sha256"):
         digest = hashlib.sha256()
+        parameters = dict(model.named_parameters())
         for name, value in sorted(model.state_dict().items()):
+            # A GGUF layer's state dict is an outline on the meta device; its packed bytes are the parameter's.
+            value = parameters.get(name, value).as_subclass(Tensor)
             digest.update(f"{name} {list(value.shape)} {value.dtype}\n".encode())
-            digest.update(tensor_bytes(value))
+            digest.update(b"" if value.is_meta else tensor_bytes(value))
         model.safety_experts_sha256 = digest.hexdigest()
     return model.safety_experts_sha256
 

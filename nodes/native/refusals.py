@@ -2,6 +2,8 @@
 
 import logging
 
+from comfy.taesd.taesd import TAESD
+
 from ...errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def check_model(patcher) -> None:
     if any("nunchaku" in name for name in names | modules):
         raise InputError(f"this is a nunchaku (SVDQuant) model, whose kernels have no backward pass: {_ON_OTHERS}")
     weights = {type(getattr(module, "weight", None)).__name__.lower() for module in diffusion_model.modules()}
-    if any("ggml" in name for name in names | weights):
+    if any("ggml" in name for name in names | weights) or "gguf" in type(patcher).__name__.lower():
         raise InputError(f"this is a GGUF model, whose weights are unpacked anew in every call: {_ON_OTHERS}")
     if any("optimizedmodule" in name for name in names) or _is_compiled(patcher):
         raise InputError("this MODEL is compiled (torch.compile), and adapters cannot be put on it: train before it")
@@ -34,6 +36,15 @@ def check_model(patcher) -> None:
         layout = str(getattr(getattr(module, "weight", None), "_layout_cls", "")).lower()
         if any(kind in layout for kind in ("int8", "convrot", "w4a", "svdquant", "awq")):
             raise InputError(f"this model's weights are quantised as {layout}, without a backward pass: {_ON_OTHERS}")
+
+
+def problem_of(patcher) -> str | None:
+    """Return why a MODEL cannot be trained on, or None."""
+    try:
+        check_model(patcher)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _is_compiled(patcher) -> bool:
@@ -54,6 +65,29 @@ def drop_what_is_no_weight(patcher) -> None:
         logger.warning("training without %s of the MODEL: only its weights are trained on", ", ".join(dropped))
     patcher.model_options = {"transformer_options": {}}
     patcher.wrappers, patcher.hook_patches, patcher.forced_hooks = {}, {}, None
+
+
+def check_vae(model, vae) -> None:
+    """Raise where ComfyUI knows that a VAE's latents are not those that the model draws in.
+
+    Raises:
+        InputError: the message names both.
+    """
+    wanted = model.latent_format
+    channels, dimensions = getattr(vae, "latent_channels", None), getattr(vae, "latent_dim", None)
+    remedy = "connect the VAE that belongs to the model"
+    name = type(wanted).__name__
+    if channels is not None and channels != wanted.latent_channels:
+        raise InputError(
+            f"the VAE gives {channels} channels and this model draws in {wanted.latent_channels} ({name}): {remedy}"
+        )
+    # FLUX and Qwen-Image both have 16, but one encodes pictures and the other films; a TAESD stands in for either.
+    kinds = {2: "pictures", 3: "films"}
+    if dimensions and {dimensions, wanted.latent_dimensions} == {2, 3} and not isinstance(vae.first_stage_model, TAESD):
+        raise InputError(
+            f"this VAE encodes {kinds[dimensions]}, and this model draws in latents of a VAE of "
+            f"{kinds[wanted.latent_dimensions]} ({name}): {remedy}"
+        )
 
 
 def check_latents(model, latents) -> None:

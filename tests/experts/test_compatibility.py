@@ -14,9 +14,9 @@ from safety_experts.experts.merging import merge_experts
 BLOCK = "lora_unet_{}_attentions_0_transformer_blocks_{}_{}"
 
 
-def lora(name: str, layers: dict[str, tuple[int, int]]) -> Expert:
+def lora(name: str, layers: dict[str, tuple[int, int]], family: str = "") -> Expert:
     made = {key: LoraLayer(torch.ones(1, width), torch.ones(out, 1), 1.0) for key, (out, width) in layers.items()}
-    return Expert(made, name=name)
+    return Expert(made, ExpertInfo(base_checkpoint=CheckpointId(family=family)), name=name)
 
 
 SD15 = lora("old", {BLOCK.format("down_blocks_0", 0, "attn2_to_k"): (320, 768)})
@@ -28,13 +28,24 @@ FLUX = lora("flux", {"lora_transformer_single_transformer_blocks_0_attn_to_q": (
 
 @pytest.mark.parametrize(
     ("expert", "families"),
-    [(SD15, {"sd15"}), (SDXL, {"sdxl"}), (SDXL_TEXT, {"sdxl"}), (SD3, {"sd3", "flux"}), (FLUX, {"flux"})],
+    [
+        (SD15, {"sd15"}),
+        (SDXL, {"sdxl"}),
+        (SDXL_TEXT, {"sdxl"}),
+        (SD3, {"sd3", "flux"}),
+        (FLUX, {"flux"}),
+        (lora("native_sd3", {"lora_unet_joint_blocks_0_x_block_attn_qkv": (4608, 1536)}), {"sd3"}),
+        (lora("named", {"lora_unet_blocks_0_attn_wq": (8, 8)}, "krea2"), {"krea2"}),
+    ],
 )
 def test_layers_tell_the_family(expert, families):
     assert possible_families(expert) == families
 
 
-@pytest.mark.parametrize("other", [SDXL, SDXL_TEXT, FLUX], ids=lambda expert: expert.name)
+NATIVE = lora("z", {"lora_unet_layers_0_attention_qkv": (30, 10)})
+
+
+@pytest.mark.parametrize("other", [SDXL, SDXL_TEXT, FLUX, NATIVE], ids=lambda expert: expert.name)
 def test_a_merge_refuses_loras_without_a_layer_in_common_that_are_of_two_models(other):
     with pytest.raises(
         InputError, match=f"old is made for sd15 but {other.name} for .*; only LoRAs of one model family"
