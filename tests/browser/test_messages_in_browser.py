@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,20 +12,65 @@ import graphs
 import pytest
 from frontend import Frontend, open_frontend
 from graphs import Graph
-from safety_experts.demo.comfyui import ComfyServer
+from safety_experts.demo.comfyui import PACK_FOLDER, ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
 TOASTS = ".p-toast-message"
+# A MODEL as ComfyUI-GGUF's loader makes it (its ops.py, nodes.py): packed weights of a tensor class of its own.
+GGUF_NODE = """
+import torch
+from comfy.model_patcher import ModelPatcher
+
+
+class GGMLTensor(torch.Tensor):
+    def clone(self, *args, **kwargs):
+        return self
+
+    def detach(self, *args, **kwargs):
+        return self
+
+
+class GGUFModelPatcher(ModelPatcher):
+    pass
+
+
+class PackWeights:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "pack", "bootleg"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def pack(self, model):
+        packed = model.clone()
+        packed.__class__ = GGUFModelPatcher
+        return (packed,)
+
+
+NODE_CLASS_MAPPINGS = {"PackWeights": PackWeights}
+"""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with ComfyServer(tmp_path_factory.mktemp("comfyui")) as server:
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "custom_nodes" / "packed").mkdir(parents=True)
+    (base / "custom_nodes" / "packed" / "__init__.py").write_text(GGUF_NODE)
+    with ComfyServer(base, extra_arguments=["--whitelist-custom-nodes", PACK_FOLDER, "packed"]) as server:
         server.add_model(ensure_toy_checkpoint())
+        script = Path(__file__).parents[1] / "comfyui" / "save_small_wan.py"
+        environment = {**os.environ, "COMFYUI_PATH": str(server.comfyui)}
+        (base / "models" / "vae").mkdir(exist_ok=True)
+        subprocess.run([sys.executable, str(script), str(base / "models" / "vae")], env=environment, check=True)
         text = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("red", "green", "blue"))
         graph = Graph()
         graphs.add_generation(graph, ensure_toy_checkpoint().name, "pairs", text)
         server.run(graph)
+        datasets = base / "datasets"
+        shutil.copytree(datasets / "pairs", datasets / "pairs_of_flux")
+        info = json.loads((datasets / "pairs_of_flux" / "dataset.json").read_text())
+        info["base_checkpoint"] = {"name": "flux1-dev.safetensors", "sha256": "0" * 64, "family": "flux"}
+        (datasets / "pairs_of_flux" / "dataset.json").write_text(json.dumps(info))
         yield server
         server.check_log()
 
@@ -51,13 +99,25 @@ def prompts(**source) -> Graph:
     return graph
 
 
-def training(overrides: str = "steps=2", **inputs) -> Graph:
+def native(vae: str | None = "the checkpoint's", is_packed: bool = False, **inputs) -> Graph:
+    """Return a training on the MODEL of a loader."""
     graph = Graph()
+    loader = graphs.checkpoint_loader(graph, ensure_toy_checkpoint().name)
+    links = {"model": (loader, 0), "clip": (loader, 1)}
+    if is_packed:
+        links["model"] = (graph.add("PackWeights", model=(loader, 0)), 0)
+    if vae:
+        links["vae"] = (loader, 2) if vae == "the checkpoint's" else (graph.add("VAELoader", vae_name=vae), 0)
+    return training(graph=graph, **links, **inputs)
+
+
+def training(overrides: str = "steps=2", dataset: str = "pairs", graph: Graph | None = None, **inputs) -> Graph:
+    graph = Graph() if graph is None else graph
     recipe = graph.add("SafetyExpertsRecipe", recipe="toy", overrides=overrides)
     settings = {"checkpoint": "(the one that drew the dataset)", "category": "all", "recipe_name": "toy"}
     graph.add(
         "SafetyExpertsTrain",
-        dataset=(graph.add("SafetyExpertsLoadDataset", dataset_name="pairs"), 0),
+        dataset=(graph.add("SafetyExpertsLoadDataset", dataset_name=dataset), 0),
         recipe=(recipe, 0),
         **{"expert_name": "mistake", "sample_every": 0, **settings, **inputs},
     )
@@ -98,6 +158,13 @@ MISTAKES = {
     "unnamed_category": (lambda: training(category="own …"), "category is not named"),
     "weights": (lambda: merging("one, two"), "give one number an expert"),
     "empty_prompt": (lambda: recording(prompt=" "), "prompt is empty"),
+    "missing_vae": (lambda: native(vae=None), "vae is not connected: training on a MODEL needs its CLIP and VAE too"),
+    "other_vae": (
+        lambda: native(vae="taesd16.safetensors"),
+        "the VAE gives 16 channels and this model draws in 4 (SD15)",
+    ),
+    "other_latents": (lambda: native(dataset="pairs_of_flux"), "(flux), whose latents are not those of"),
+    "gguf": (lambda: native(is_packed=True), "this is a GGUF model, whose weights are unpacked anew in every call"),
     "two_seeds": (lambda: recording(rejected_seed=6), "drawn with seed 5 and rejected with seed 6"),
 }
 

@@ -26,7 +26,7 @@ a red circle with thorns,a red circle,violence
 a blue square with thorns,a blue square,violence
 """
 SIZE = ["--steps", "2", "--guidance", "3", "--width", "64", "--height", "64"]
-STEPS = 8
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_what_there_is_and_resume_ends_at_the_same_weights(folder, 
 
     assert load_expert(out).tensors_sha256() == load_expert(expert).tensors_sha256()
     lines = (folder / "metrics" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == STEPS and json.loads(lines[0])["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert len(lines) == STEPS and json.loads(lines[0])["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert {path.name for path in folder.glob(".*")} == set() and not out.with_suffix(".resume").exists()
 
 
