@@ -135,6 +135,8 @@ def count(case: Case) -> dict[str, float]:
                 memory.track(weight)
             weights = memory.live
             adapters = Adapters(model, load_recipe("z-image", ["rank=4"]), torch.device("cpu"))
+            for adapter in adapters.by_name.values():
+                adapter.to = lambda *_, own=adapter: own  # it is where it must be, and fake tensors cannot be exchanged
             adapters.inject()
             denoiser = NativeDenoiser(ModelPatcher(model, torch.device("cpu"), torch.device("cpu")), True)
             noisy = torch.zeros(ROWS, *case.latents)

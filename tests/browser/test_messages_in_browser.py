@@ -16,18 +16,9 @@ from safety_experts.demo.comfyui import PACK_FOLDER, ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
 TOASTS = ".p-toast-message"
-# A MODEL as ComfyUI-GGUF's loader makes it (its ops.py, nodes.py): packed weights of a tensor class of its own.
+# A MODEL behind the patcher of ComfyUI-GGUF's loader (its nodes.py); benchmarks/families.py has its tensors too.
 GGUF_NODE = """
-import torch
 from comfy.model_patcher import ModelPatcher
-
-
-class GGMLTensor(torch.Tensor):
-    def clone(self, *args, **kwargs):
-        return self
-
-    def detach(self, *args, **kwargs):
-        return self
 
 
 class GGUFModelPatcher(ModelPatcher):
