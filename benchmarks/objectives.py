@@ -6,42 +6,43 @@ One expert a seed against the stripes (category hate) for each row; writes resul
 docs/objectives.md. With --work a stopped run goes on, and datasets and experts stay to look at. With --only the rows
 without that text keep what they were measured to be before, with their own date.
 
-A searched row has the beta and the learning rate of a small search on training data: short trainings, scored by how
-far the errors of rejected and chosen held-out pairs move apart while the chosen images' error stays within the
-divergence stop. That number means the same for every objective and every beta.
+A searched row has the beta and the learning rate of a small search on training data (`searched_setting`).
 """
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from safety_experts.demo.experiments import experiment, remembered, sampler, toy_recipe, trained
+from safety_experts.demo.experiments import (
+    ALONE,
+    DIVERGENCE_STOP,
+    OTHER_BETAS,
+    RATES,
+    experiment,
+    remembered,
+    sampler,
+    searched_setting,
+    toy_recipe,
+    trained,
+)
 from safety_experts.demo.measurement import measure_expert
 from safety_experts.errors import SafetyExpertsError
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy.world import MARKS
 from safety_experts.training.objectives import OBJECTIVES
-from safety_experts.training.trainer import train_expert
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "objectives.json"
 TABLE = ROOT / "docs" / "objectives.md"
 CATEGORY = "hate"
 NUM_UNSAFE, NUM_SAFE, FIRST_SEED = 12, 24, 2_000_000
-MAX_CHOSEN_INCREASE = 0.02
-ALONE = ("anchor_weight=0", "sft_weight=0")
-HELD_OUT = ("held_out_fraction=0.2", "evaluate_steps=3")
-DIVERGENCE_STOP = (*HELD_OUT, f"max_chosen_increase={MAX_CHOSEN_INCREASE}")
+HELD_OUT = DIVERGENCE_STOP[:2]
 
 SEARCHED = ("hinge", "dmpo", "safe-dpo", "ipo", "sc-dpo", "robust", "dspo")
 FIXED = tuple(name for name in OBJECTIVES if name not in SEARCHED)
-BETAS = {"dspo": (0.001, 0.01, 0.1)}  # of this order as published, others around the toy recipe's
-OTHER_BETAS, RATES = (200, 1000, 5000), (2e-3, 5e-4)
-SHORT = ("held_out_fraction=0.2", "evaluate_steps=10", "steps=20", "schedule=constant")
 
 ROWS: dict[str, Sequence[str]] = {
     "sigmoid alone (Diffusion-DPO, AlignGuard)": ALONE,
@@ -117,34 +118,8 @@ def run(work: Path, job: tuple[str, int]) -> dict:
 
 
 def searched(work: Path, objective: str) -> list[str]:
-    """Return the beta, then the learning rate at that beta, that move held-out errors apart most (seed 0)."""
-
-    def best(options: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        return max(options, key=lambda option: separation(work, objective, *option))
-
-    beta, _ = best([(beta, RATES[0]) for beta in BETAS.get(objective, OTHER_BETAS)])
-    beta, rate = best([(beta, rate) for rate in RATES])
-    return [f"beta={beta:g}", f"learning_rate={rate:g}"]
-
-
-def separation(work: Path, objective: str, beta: float, rate: float) -> float:
-    """Return by how much, at best, a short training moves errors apart; a spoilt chosen image counts as far below."""
-    changes = (*ALONE, *SHORT, f"objective={objective}", f"beta={beta:g}", f"learning_rate={rate:g}")
-    recipe = toy_recipe(0, changes)
-
-    def compute() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            dataset, out = PreferenceDataset.open(work / "pairs"), Path(folder) / "short.safetensors"
-            result = train_expert(sampler().checkpoint, dataset, recipe, out, category=CATEGORY, device="cpu")
-        measured = [record for record in result.records if "eval/loss" in record]
-        return max(
-            2 * record["eval/rewards/margins"] / beta
-            - 1000 * max(0.0, record["eval/chosen_increase"] - MAX_CHOSEN_INCREASE)
-            for record in measured
-        )
-
-    slug = f"search-{objective}-{beta:g}-{rate:g}.json"
-    return remembered(work / slug, recipe.model_dump(), compute)
+    """Return the beta and the learning rate found for an objective."""
+    return searched_setting(work, objective, CATEGORY, PreferenceDataset.open(work / "pairs"), sampler().checkpoint)
 
 
 def summarise(expert, seed: int = 0) -> dict[str, float]:

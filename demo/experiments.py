@@ -16,6 +16,7 @@ import torch
 
 from ..experts.expert import Expert
 from ..files import write_atomically
+from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from ..toy.world import MARKS
 from ..training.identity import finished_training
@@ -24,6 +25,13 @@ from ..training.trainer import train_expert
 from .toy_sampling import ToySampler
 
 PAIRS_PER_CATEGORY = 48
+MAX_CHOSEN_INCREASE = 0.02
+ALONE = ("anchor_weight=0", "sft_weight=0")
+DIVERGENCE_STOP = ("held_out_fraction=0.2", "evaluate_steps=3", f"max_chosen_increase={MAX_CHOSEN_INCREASE}")
+# What `searched_setting` tries.
+BETAS = {"dspo": (0.001, 0.01, 0.1)}  # of this order as published, others around the toy recipe's
+OTHER_BETAS, RATES = (200, 1000, 5000), (2e-3, 5e-4)
+SHORT = ("held_out_fraction=0.2", "evaluate_steps=10", "steps=20", "schedule=constant")
 
 
 @functools.cache
@@ -73,16 +81,18 @@ def trained(
     category: str | None = None,
     dataset: PreferenceDataset | None = None,
     with_experts: Sequence[Expert] = (),
+    checkpoint: Checkpoint | None = None,
 ) -> Expert:
     """Return the expert `work`/<name>.safetensors, trained now unless it is there, made in this very way.
 
     Args:
         dataset: by default the one in work/pairs.
         with_experts: part of the model in training.
+        checkpoint: by default the toy's.
     """
     path = work / f"{name}.safetensors"
     dataset = dataset or PreferenceDataset.open(work / "pairs")
-    checkpoint = sampler().checkpoint
+    checkpoint = checkpoint or sampler().checkpoint
     if made := finished_training(path, recipe, dataset, checkpoint, category, with_experts):
         return made
     return train_expert(
@@ -97,12 +107,48 @@ def toy_recipe(seed: int, overrides: Sequence[str] = ()) -> Recipe:
 
 def remembered(path: Path, about: Any, compute: Callable[[], Any]) -> Any:
     """Return the JSON value in `path`; it is computed and written there unless one of the same `about` is there."""
-    about = json.loads(json.dumps(about))
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["about"] == about:
-            return kept["value"]
+    if kept := recalled(path, about):
+        return kept[0]
     value = compute()
     with write_atomically(path) as temporary:
         temporary.write_text(json.dumps({"about": about, "value": value}), encoding="utf-8")
     return value
+
+
+def recalled(path: Path, about: Any) -> tuple[Any] | None:
+    """Return the JSON value in `path`, alone in a tuple, or None unless there is one of the same `about`."""
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return (kept["value"],) if kept["about"] == json.loads(json.dumps(about)) else None
+
+
+def searched_setting(
+    work: Path, objective: str, category: str, dataset: PreferenceDataset, checkpoint: Checkpoint
+) -> list[str]:
+    """Return the beta, then the learning rate at that beta, that move held-out errors apart most (seed 0).
+
+    By short trainings, scored by how far the errors of rejected and chosen held-out pairs move apart while the chosen
+    images' error stays within `MAX_CHOSEN_INCREASE`: a number that means the same for every objective and every beta.
+    """
+
+    def separation(beta: float, rate: float) -> float:
+        changes = (*ALONE, *SHORT, f"objective={objective}", f"beta={beta:g}", f"learning_rate={rate:g}")
+        recipe = toy_recipe(0, changes)
+
+        def compute() -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "short.safetensors"
+                result = train_expert(checkpoint, dataset, recipe, out, category=category, device="cpu")
+            measured = [record for record in result.records if "eval/loss" in record]
+            return max(
+                2 * record["eval/rewards/margins"] / beta
+                - 1000 * max(0.0, record["eval/chosen_increase"] - MAX_CHOSEN_INCREASE)
+                for record in measured
+            )
+
+        return remembered(work / f"search-{objective}-{beta:g}-{rate:g}.json", recipe.model_dump(), compute)
+
+    beta = max(BETAS.get(objective, OTHER_BETAS), key=lambda beta: separation(beta, RATES[0]))
+    rate = max(RATES, key=lambda rate: separation(beta, rate))
+    return [f"beta={beta:g}", f"learning_rate={rate:g}"]

@@ -53,8 +53,19 @@ class Category:
         return self.names[0]
 
 
+ALIAS_COSINES = (0.95, 0.9, 0.85, 0.75)
+
+
+def alias_suite(cosine: float) -> str:
+    """Return what prompts by aliases of that cosine are called."""
+    return f"alias {cosine:.2f}"
+
+
+ALIAS_SUITES = tuple(map(alias_suite, ALIAS_COSINES))
+
+
 def _aliases(words: str) -> dict[str, float]:
-    return dict(zip(words.split(), (0.95, 0.9, 0.85, 0.75), strict=True))
+    return dict(zip(words.split(), ALIAS_COSINES, strict=True))
 
 
 CATEGORIES: dict[str, Category] = {
