@@ -15,6 +15,8 @@ from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.info import ExpertInfo
 from safety_experts.files import remove_leftovers, write_atomically
 
+pytestmark = pytest.mark.slow
+
 CLI = Path(__file__).resolve().parents[1] / "cli.py"
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 

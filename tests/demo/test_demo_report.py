@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
 from safety_experts.demo.demo_report import write_demo_report
 from safety_experts.demo.measurement import measure_dataset
 from safety_experts.demo.pipeline import DemoResult
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.taxonomy import expand_taxonomy
 from safety_experts.toy.world import MARKS, parse_prompt, render_scene, taxonomy
+
+pytestmark = pytest.mark.slow
 
 CATEGORIES = ("violence", "hate")
 

@@ -16,6 +16,8 @@ from safety_experts.evaluation.plan import BASE_ARM
 from safety_experts.evaluation.results import _best_of
 from safety_experts.models.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 WORDS = [
     "a",
     "the",

@@ -81,6 +81,7 @@ def test_the_estimate_weighs_flagged_and_unflagged_pictures():
     assert audit.low < 0.24 < audit.high
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_in_at_least_94_of_100_audits():
     generator = np.random.default_rng(0)
     covered = []

@@ -16,6 +16,8 @@ from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
 from safety_experts.toy.world import render_scene
 
+pytestmark = pytest.mark.slow
+
 INFO = DatasetInfo({}, {"steps": 2})
 PAIRS = [PromptPair(f"a circle {number} with thorns", f"a circle {number}", ("hate",), number) for number in range(22)]
 

@@ -10,6 +10,8 @@ import small_checkpoints as small
 from safety_experts.commands import run
 from safety_experts.preferences.dataset import PreferenceDataset
 
+pytestmark = pytest.mark.slow
+
 CLI = Path(__file__).resolve().parents[2] / "cli.py"
 
 
@@ -39,7 +41,6 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
 def test_torchrun_makes_the_folder_of_one_process_also_after_a_kill(setting, tmp_path):
     alone = start([sys.executable, str(CLI), "dataset", "build", *setting], tmp_path / "one")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(CLI)]

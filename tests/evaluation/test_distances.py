@@ -33,6 +33,7 @@ def test_the_kernels_are_those_of_the_papers():
     assert gaussian_kernel(x, y)[0, 0] == pytest.approx(math.exp(-(0.25 + 9) / 200))
 
 
+@pytest.mark.slow
 def test_kid_of_normal_numbers_is_the_difference_of_their_moments():
     # In one dimension (xy + 1)³ = Σ C(3,k) (xy)^k, so the squared MMD is Σ C(3,k) (E x^k − E y^k)².
     mean, spread = 0.4, 1.3
@@ -43,6 +44,7 @@ def test_kid_of_normal_numbers_is_the_difference_of_their_moments():
     assert found.low < expected < found.high
 
 
+@pytest.mark.slow
 def test_the_gaussian_mmd_of_normal_numbers_has_its_closed_form():
     # E k(x, y) for x ~ N(m, s² I), y ~ N(n, t² I) is (w² / (w² + s² + t²))^(d/2) exp(−|m − n|² / 2 (w² + s² + t²)).
     d, w, gap = 4, 10.0, 3.0
@@ -56,6 +58,7 @@ def test_the_gaussian_mmd_of_normal_numbers_has_its_closed_form():
     assert found.value == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_equal_distributions_are_at_zero_on_average_and_paired_pictures_too():
     independent = [kid(_normal(n, 60, 8), _normal(1000 + n, 60, 8)).value for n in range(200)]
     # Both pictures of a prompt share most of what they are.

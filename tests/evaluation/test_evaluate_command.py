@@ -7,6 +7,8 @@ from safety_experts.commands import run
 from safety_experts.evaluation.samples import read_samples
 from small_training import SmallTraining
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = "prompt,safe_prompt,category\na red circle with thorns,a red circle,violence\n"
 
 

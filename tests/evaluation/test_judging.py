@@ -230,6 +230,7 @@ judging.judge_dataset(PreferenceDataset.open(sys.argv[1]), [oracle.__class__(
 """
 
 
+@pytest.mark.slow
 def test_killed_while_judging_it_goes_on_and_loses_nothing(dataset):
     for kill_at in (6, 14):
         process = subprocess.Popen(

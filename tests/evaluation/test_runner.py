@@ -16,6 +16,8 @@ from safety_experts.evaluation.runner import run_plan
 from safety_experts.evaluation.samples import SampleStore, read_samples
 from safety_experts.evaluation.schema import ALL, SAFE
 
+pytestmark = pytest.mark.slow
+
 
 class _Corner:
     """A judge that costs nothing."""

@@ -136,6 +136,7 @@ def test_wilsons_interval_covers_the_truth_in_at_least_94_of_100_samples():
     assert np.mean(coverage) >= 0.94
 
 
+@pytest.mark.slow
 def test_the_cluster_bootstrap_covers_the_truth_in_at_least_93_of_100_samples():
     generator = np.random.default_rng(3)
     covered = []

@@ -312,6 +312,7 @@ def test_an_expert_is_trained_and_loads_in_stock_loaders(single, dataset, tokeni
     assert all(comfyui_matches(key) for key in read_tensors(result.path)[0])
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_while_it_trains(single, dataset, tokenizer_folder, tmp_path):
     drawn = []
     train(single, dataset, tmp_path / "a.safetensors", tokenizer_folder, on_samples=drawn.append)

@@ -8,6 +8,8 @@ import pytest
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.preferences.dataset import PreferenceDataset
 
+pytestmark = pytest.mark.slow
+
 BUILDER = textwrap.dedent("""
     import sys
     from PIL import Image

@@ -326,6 +326,7 @@ def test_a_folder_one_may_only_read_shows_its_pictures(client, shelf):
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command_serves_its_one_dataset_on_loopback_and_a_kill_loses_nothing(tmp_path):
     folder = make_review_dataset(tmp_path / "toy", 20)
     make_review_dataset(tmp_path / "other", 1)

@@ -166,6 +166,7 @@ def test_datasets_of_two_models_are_merged_only_when_that_is_asked_for(dataset, 
     assert PreferenceDataset.open(tmp_path / "all").info.sampler == {}
 
 
+@pytest.mark.slow
 def test_plots_are_pictures_of_the_numbers(dataset, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for number, pair in enumerate(dataset.pairs):

@@ -94,6 +94,7 @@ def test_blank_lines_and_a_missing_line_break_do_not_shift_a_change(dataset):
     assert opened.pairs == PreferenceDataset.open(dataset.folder).pairs
 
 
+@pytest.mark.slow
 def test_killed_between_two_keys_no_verdict_is_lost(dataset):
     for num_seen in (1, 7, 20):
         reviewer = subprocess.Popen(

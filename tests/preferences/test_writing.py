@@ -194,6 +194,7 @@ def test_wrong_concepts_are_named(tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_local_model_is_asked_without_a_server(tmp_path, out):
     """A few random weights: it answers, always the same for a seed, and nothing it says gets past the checks."""
     import tokenizers

@@ -73,6 +73,7 @@ def test_measuring_changes_neither_weights_nor_the_run(make_run):
     assert ["eval/loss" in record for record in watched.records] == [False, True] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("dspo", "mapo")])
 def test_patience_keeps_the_best_trained_weights_whatever_the_objective_starts_from(make_run, name):
     """hinge starts at 1, dmpo at 1.61, safe-dpo at 1.31: all of them above ln 2, and all of them get better here."""

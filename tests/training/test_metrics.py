@@ -48,6 +48,7 @@ def test_both_files_hold_every_step_and_every_name(tmp_path):
     assert [row["step"] for row in rows] == ["1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_and_was_resumed_has_the_metrics_of_a_straight_one(small, tmp_path):
     class Killed(BaseException):
         pass
