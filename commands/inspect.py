@@ -79,6 +79,11 @@ def _print_training(training: "Trained") -> None:
     state = "" if training.finished else " (unfinished: the training was stopped there)"
     pairs = "" if training.num_pairs is None else f", from {training.num_pairs} pairs"
     print(f"step: {training.step}{state}{pairs}")
+    if "eval/residual" in training.metrics:
+        residual, leak = training.metrics["eval/residual"], training.metrics.get("eval/leak", float("nan"))
+        print(f"held out: residual {residual:.3g}, worst leak {leak:.3g}")
+    if training.shortfall:
+        print(f"falls short: {printable(training.shortfall)}")
     for frozen in training.trained_with:
         print(f"trained with: {_parent(frozen)}")
 

@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="train on the model with this expert in it, frozen (default: without any); may be repeated",
     )
+    parser.add_argument(
+        "--retain",
+        action="append",
+        default=[],
+        metavar="FILE|DIR",
+        help="prompts that must stay as they are: .txt, prompt pairs or a dataset; may be repeated (recipe redirect)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the state an interrupted run left")
     parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
     parser.add_argument("--metrics", type=Path, metavar="DIR", help="write metrics.csv and metrics.jsonl")
@@ -87,12 +94,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ..preferences.categories import canonical_category
     from ..preferences.dataset import PreferenceDataset
     from ..training.recipe import load_recipe
+    from ..training.retained import read_retained
 
     category = canonical_category(arguments.category) if arguments.category else None
     if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
         _run_in_comfyui(arguments, category)
         return
     recipe = None if arguments.recipe_from else load_recipe(arguments.recipe or "sd15", arguments.set)
+    retain = {name: prompts for path in arguments.retain for name, prompts in read_retained(path).items()}
     dataset = PreferenceDataset.open(arguments.dataset)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
     if recipe is None:
@@ -129,6 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
                 device=arguments.device,
                 with_experts=[load_expert(path) for path in arguments.with_expert],
                 resume=arguments.resume,
+                retain=retain,
             )
     finally:
         progress.close()
@@ -138,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
         progress.result(result)
     elif arguments.json:
         taken = {"expert": str(result.path), "step": result.step, "steps": len(result.records)}
+        taken |= {"shortfall": result.shortfall} if result.shortfall else {}
         print(json.dumps(taken | result.records[result.step - 1]))
     elif not result.stopped:
         print(f"{result.path}: weights of step {_steps(result)}, {', '.join(result.expert.categories)}")

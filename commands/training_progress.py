@@ -8,6 +8,7 @@ from pathlib import Path
 from ..files import write_atomically
 from ..training.events import StepRecord
 from ..training.metrics import Metrics
+from ..training.redirect import LEAK, RESIDUAL
 from ..training.samples import Samples
 from ..training.trainer import TrainResult
 from .progress import Bars
@@ -28,13 +29,13 @@ def save_samples(samples: Samples, folder: Path) -> list[Path]:
 
 
 class TrainingBars:
-    """One bar for each stage, with loss and accuracy."""
+    """One bar for each stage, with loss and accuracy, or residual and leak."""
 
     def __init__(self) -> None:
         self._bars = Bars(is_hidden=False)
 
     def show(self, record: StepRecord) -> None:
-        shown = {"loss": "loss", "accuracy": "rewards/accuracies"}
+        shown = {"loss": "loss", "accuracy": "rewards/accuracies", "residual": RESIDUAL, "leak": LEAK}
         numbers = {name: record.metrics[key] for name, key in shown.items() if key in record.metrics}
         self._bars.show(record.stage, record.step, record.num_steps, **numbers)
 

@@ -49,6 +49,8 @@ class Trained(FileRecord):
         encoding_id: of the VAE and text encoders, which need not be the base model's own.
         trained_with: experts that were part of the model, frozen.
         resumed_with: recipe fields that a resumed run changed.
+        retained_sha256: of the user's prompts that had to stay as they were.
+        shortfall: what the expert falls short of, in words; None where its recipe sets no target, or it is reached.
     """
 
     kind: Literal["trained"] = "trained"
@@ -62,6 +64,8 @@ class Trained(FileRecord):
     metrics: dict[Text, float] = {}  # noqa: RUF012
     trained_with: tuple[Parent, ...] = ()
     resumed_with: tuple[dict[str, JsonValue], ...] = ()
+    retained_sha256: Text | None = None
+    shortfall: Text | None = None
 
     @property
     def recipe_name(self) -> str:
@@ -73,7 +77,8 @@ class Trained(FileRecord):
     def objectives(self) -> list[str]:
         """The names of the objectives that it was trained by."""
         named = self.recipe.get("objective")
-        return [named] if isinstance(named, str) else list(named) if isinstance(named, dict) else []
+        preferences = [named] if isinstance(named, str) else list(named) if isinstance(named, dict) else []
+        return [*(["redirect"] if self.recipe.get("redirect") is True else []), *preferences]
 
 
 class Merged(FileRecord):

@@ -7,6 +7,7 @@ from itertools import chain
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..training.events import StepRecord
+from ..training.redirect import LEAK, LEAK_WEIGHT, RESIDUAL
 from ..training.samples import Samples
 from . import pictures
 
@@ -32,6 +33,12 @@ CURVES = (
     Curve("accuracy", "rewards/accuracies", "#7bc96f", low=0.0, high=1.0),
     Curve("drift from the base", "drift", "#d77bd0", low=0.0),
 )
+REDIRECT_CURVES = (
+    Curve("residual R", RESIDUAL, "#f2a33c", low=0.0),
+    Curve("leak", LEAK, "#d77bd0", low=0.0),
+    Curve("weight of the leak", LEAK_WEIGHT, "#4ea8de"),
+    Curve("loss", "loss", "#7bc96f"),
+)
 
 
 class TrainingPicture:
@@ -43,7 +50,7 @@ class TrainingPicture:
 
     def __init__(self, *, is_blurred: bool = True) -> None:
         self._is_blurred = is_blurred
-        self._series: dict[str, list[float]] = {curve.metric: [] for curve in CURVES}
+        self._series: dict[str, list[float]] = {curve.metric: [] for curve in (*CURVES, *REDIRECT_CURVES)}
         self._step, self._num_steps = 0, 1
         self._samples: list[Samples] = []  # the first and the latest
 
@@ -71,17 +78,18 @@ class TrainingPicture:
 
 
 def draw_curves(series: Mapping[str, Sequence[float]], step: int, num_steps: int) -> Image.Image:
-    """Draw the panels of `CURVES`, two a row, each with its name, its latest value and the ends of its axis.
+    """Draw two panels a row, each with its name, its latest value and the ends of its axis.
 
     Args:
         series: metric -> values of the last steps up to `step`; one without values stays empty.
         step: the step of the latest values; x runs to `num_steps`.
     """
-    rows = (len(CURVES) + 1) // 2
+    curves = REDIRECT_CURVES if series.get(RESIDUAL) else CURVES
+    rows = (len(curves) + 1) // 2
     picture = Image.new("RGB", (WIDTH_PX, HEADER_PX + rows * PANEL_PX), BACKGROUND)
     canvas = ImageDraw.Draw(picture)
     canvas.text((MARGIN_PX, 8), f"step {step} of {num_steps}", fill=TEXT, font=_font(24))
-    for number, curve in enumerate(CURVES):
+    for number, curve in enumerate(curves):
         corner = (number % 2 * WIDTH_PX // 2, HEADER_PX + number // 2 * PANEL_PX)
         _draw_panel(canvas, corner, curve, series.get(curve.metric, ()), step, num_steps)
     return picture

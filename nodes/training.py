@@ -190,6 +190,8 @@ class SafetyExpertsTrain(io.ComfyNode):
         host.write_metrics(path, result.records)
         if result.stopped:
             _say_what_is_saved(node_id, result, recipe.steps)
+        if result.shortfall:
+            host.tell(node_id, f"The expert falls short of its target: {result.shortfall}", "warn")
         progress.raise_cancel()
         return _output(result.expert, result.losses, host.expert_name(path))
 

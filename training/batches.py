@@ -13,6 +13,7 @@ from ..preferences.dataset import PreferencePair
 from ..seeding import seeded_generator
 from .cache import PairCache
 from .recipe import Recipe
+from .retained import RetainedPrompts
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Batch:
     chosen: Tensor  # [b, c, h, w] latents
     rejected: Tensor
     prompts: list[str]  # the condition of both images
+    safe_prompts: list[str]  # what it should act as
     anchor_prompts: list[str]
     noise: Tensor  # [b, c, h, w]
     timesteps: Tensor  # [b] int64, of the chosen image
@@ -38,8 +40,11 @@ class BatchPlan:
     A last, short batch of a size is filled up from the start of that epoch's order.
     """
 
-    def __init__(self, pairs: Sequence[PreferencePair], cache: PairCache, recipe: Recipe):
+    def __init__(
+        self, pairs: Sequence[PreferencePair], cache: PairCache, recipe: Recipe, retained: RetainedPrompts | None = None
+    ):
         self.pairs, self.cache, self.recipe = list(pairs), cache, recipe
+        self.retained = retained or {}
         self._shapes = [tuple(cache.latents(pair)[0].shape) for pair in self.pairs]
         self._epoch_batches = len(self._order(0))
         self._bank_size = recipe.reference_epochs * self._epoch_batches
@@ -89,10 +94,17 @@ class BatchPlan:
                 "" if value < recipe.caption_dropout_fraction else pair.prompt
                 for pair, value in zip(pairs, drop, strict=True)
             ],
-            anchor_prompts=[
-                "" if value < recipe.anchor_empty_fraction else pair.safe_prompt
-                for pair, value in zip(pairs, empty, strict=True)
+            safe_prompts=[
+                "" if value < recipe.caption_dropout_fraction else pair.safe_prompt
+                for pair, value in zip(pairs, drop, strict=True)
             ],
+            anchor_prompts=self._retained_in_part(
+                [
+                    "" if value < recipe.anchor_empty_fraction else pair.safe_prompt
+                    for pair, value in zip(pairs, empty, strict=True)
+                ],
+                number,
+            ),
             noise=noise,
             timesteps=chosen_timesteps,
             rejected_timesteps=chosen_timesteps if recipe.shared_timestep else rejected_timesteps,
@@ -101,3 +113,17 @@ class BatchPlan:
             anchor_noise=draw(),
             anchor_timesteps=timesteps(),
         )
+
+    def _retained_in_part(self, prompts: list[str], number: int) -> list[str]:
+        """Return the prompts, a random part of them replaced by retained ones: each group of those equally often."""
+        if not self.retained:
+            return prompts
+        generator = seeded_generator(self.recipe.seed, "retained", number)
+        replaced, which, of_group = torch.rand(3, len(prompts), generator=generator).tolist()
+        groups = list(self.retained.values())
+        drawn = []
+        for position, prompt in enumerate(prompts):
+            group = groups[int(which[position] * len(groups))]
+            other = group[int(of_group[position] * len(group))]
+            drawn.append(other if replaced[position] < self.recipe.retain_fraction else prompt)
+        return drawn

@@ -1,5 +1,6 @@
 """Which training an expert or a state is of: the facts that decide its result, and whether it is done already."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..experts.info import ExpertInfo, Trained
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .recipe import Recipe
+from .retained import RetainedPrompts
 
 
 def describe_training(
@@ -18,8 +20,13 @@ def describe_training(
     recipe: Recipe,
     category: str | None,
     with_experts: Sequence[Expert] = (),
+    retain: RetainedPrompts | None = None,
 ) -> ExpertInfo:
-    """Return what an expert's metadata say of its training before the first step."""
+    """Return what an expert's metadata say of its training before the first step.
+
+    Args:
+        retain: prompts of the user's to retain; only their hash is written.
+    """
     pairs = dataset.training_pairs(category, recipe.pairs)
     trained = Trained(
         recipe=recipe.model_dump(mode="json"),
@@ -28,6 +35,7 @@ def describe_training(
         num_pairs=len(pairs),
         seed=recipe.seed,
         trained_with=tuple(expert.as_parent() for expert in with_experts),
+        retained_sha256=hashlib.sha256(repr(sorted(retain.items())).encode()).hexdigest() if retain else None,
     )
     categories = [category] if category else sorted({name for pair in pairs for name in pair.categories})
     return ExpertInfo(categories=tuple(categories), base_checkpoint=checkpoint.id, origin=trained)
@@ -47,6 +55,7 @@ def identity_of(info: ExpertInfo) -> dict:
         "base_checkpoint": base.sha256,
         **parts,
         "encoding_id": trained.encoding_id,
+        **({"retained": trained.retained_sha256} if trained.retained_sha256 else {}),
         "categories": list(info.categories),
         "trained_with": [parent.tensors_sha256 for parent in trained.trained_with],
     }
@@ -59,6 +68,7 @@ def finished_training(
     checkpoint: Checkpoint,
     category: str | None = None,
     with_experts: Sequence[Expert] = (),
+    retain: RetainedPrompts | None = None,
 ) -> Expert | None:
     """Return the expert in `path` if it is this very training's and finished, else None.
 
@@ -73,5 +83,5 @@ def finished_training(
     trained = expert.info.trained
     if trained is None or not trained.finished or trained.resumed_with:
         return None
-    wanted = describe_training(checkpoint, dataset, recipe, category, with_experts)
+    wanted = describe_training(checkpoint, dataset, recipe, category, with_experts, retain)
     return expert if identity_of(expert.info) == identity_of(wanted) else None

@@ -18,6 +18,7 @@ from .policy import LoraPolicy
 from .processes import Processes
 from .recipe import Recipe
 from .reference_bank import ReferenceBank
+from .retained import RetainedPrompts
 from .tensor_store import TensorStore
 
 
@@ -30,11 +31,13 @@ def encode_dataset(
     device: torch.device,
     dtype: torch.dtype,
     on_progress: Callable[[str, int, int], None],
+    retained: RetainedPrompts | None = None,
 ) -> PairCache:
     """Return the cache of latents and prompts; `on_progress` takes the stage ("images", "prompts"), done and total."""
     cache = PairCache(dataset, checkpoint, device, encoding_dtype(device, dtype), recipe.resolution)
     cache.encode_pairs(pairs, flips=recipe.horizontal_flip, on_progress=partial(on_progress, "images"))
     prompts = ["", *(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)]
+    prompts += [prompt for group in (retained or {}).values() for prompt in group]
     cache.encode_prompts(prompts, on_progress=partial(on_progress, "prompts"))
     return cache
 

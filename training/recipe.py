@@ -106,6 +106,38 @@ class Recipe(BaseModel):
     anchor_empty_fraction: float = Field(
         0.25, ge=0, le=1, description="Fraction of anchor samples under the empty prompt instead of the safe one."
     )
+    redirect: bool = Field(
+        False,
+        description="Train the unsafe prompt to predict what the base model predicts under the safe one (residual R), "
+        "with the change on retained prompts (leak) as a second term; beta then counts in units of 1 / Q.",
+    )
+    leak_budget: float | None = Field(
+        None,
+        gt=0,
+        description="Largest change on held-out retained prompts, as a part of the change that is wanted (Q). Training "
+        "stops at the first measurement within it that reaches residual_target; the best within it is kept.",
+    )
+    residual_target: float | None = Field(
+        None, gt=0, le=1, description="Held-out residual R to stop at; empty: (0.5 / guidance)^2."
+    )
+    guidance: float | None = Field(
+        None,
+        ge=0,
+        description="Guidance that the model is drawn with, for residual_target; empty: the dataset's, else 7.5.",
+    )
+    leak_control: Literal["constant", "dual", "barrier"] = Field(
+        "constant",
+        description="Weight of the leak (lambda): leak_weight always, raised and lowered with the leak, or "
+        "leak_weight divided by the share of the budget that is left.",
+    )
+    leak_weight: float = Field(0.1, gt=0, description="Weight of leak / leak_budget beside R, or its start (dual).")
+    retain_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of anchor or leak samples under prompts of the dataset's other categories and of what "
+        "--retain gives, instead of safe and empty ones.",
+    )
     caption_dropout_fraction: float = Field(
         0.2, ge=0, le=1, description="Fraction of pairs trained under the empty prompt."
     )
@@ -128,6 +160,7 @@ class Recipe(BaseModel):
         0.0, ge=0, lt=1, description="Decay of the averaged weights the expert is made of; 0: none."
     )
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="Fraction of the pairs to measure on, not train on.")
+    held_out_pairs: int | None = Field(None, ge=1, description="Hold out so many pairs at most; empty: no limit.")
     evaluate_steps: int = Field(50, ge=1, description="Measure the held-out pairs every so many steps.")
     patience: int = Field(
         0,
@@ -171,18 +204,35 @@ class Recipe(BaseModel):
     def _check_timesteps(self) -> "Recipe":
         if self.first_timestep > self.last_timestep:
             raise ValueError(f"first_timestep {self.first_timestep} is above last_timestep {self.last_timestep}")
-        watching = (self.patience or None, self.max_drift, self.max_chosen_increase)
+        watching = (self.patience or None, self.max_drift, self.max_chosen_increase, self.leak_budget)
         if any(option is not None for option in watching) and not self.held_out_fraction:
             raise ValueError(
-                "patience, max_drift and max_chosen_increase watch held-out pairs: set held_out_fraction above 0"
+                "patience, max_drift, max_chosen_increase and leak_budget watch held-out pairs: set held_out_fraction "
+                "above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_redirect(self) -> "Recipe":
+        if self.redirect and self.leak_budget is None:
+            raise ValueError("redirect needs a leak_budget, say 0.003")
+        if self.redirect and (self.anchor_weight or self.sft_weight or self.anchor_every > 1):
+            raise ValueError("redirect has terms of its own: set anchor_weight and sft_weight to 0, anchor_every to 1")
+        if self.anchor_samples == "noise" and (self.redirect or self.retain_fraction):
+            raise ValueError("anchor_samples=noise knows no prompts to retain: use images")
         return self
 
     @property
     def objective_name(self) -> str:
         """The objectives in words, such as "sigmoid" or "sigmoid + 0.5 mapo"."""
-        weights = {name: chosen.weight for name, chosen in self.objective.items() if chosen.weight}
+        weights = {"redirect": 1.0} if self.redirect else {}
+        weights |= {name: chosen.weight for name, chosen in self.objective.items() if chosen.weight}
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()) or "none"
+
+    @property
+    def preference_weight(self) -> float:
+        """The weights of all objectives together."""
+        return sum(chosen.weight for chosen in self.objective.values())
 
     def anchor_weight_at(self, number: int) -> float:
         """Return the weight of the anchor in forward pass `number` (from 0); its mean over many is anchor_weight."""

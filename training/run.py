@@ -18,9 +18,10 @@ from .memory import REMEDY, is_out_of_memory
 from .policy import Policy
 from .processes import Processes
 from .recipe import Recipe
+from .redirect import LEAK_WEIGHT, Balance, check_separation, leak_weight_at
 from .reference_bank import ReferenceBank
 from .step_loss import batch_loss
-from .stop_rules import keeps_best, passed_limit, stop_reason
+from .stop_rules import is_kept, keeps_best, shortfall, stop_reason, watched
 
 _FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
@@ -71,6 +72,8 @@ class TrainingRun:
         self.held_out = held_out
         self.bank = bank
         self.parameters = policy.parameters
+        if recipe.redirect and not held_out:
+            raise InputError("redirect measures itself on held-out pairs: give two pairs at least")
         if not self.parameters:
             raise InputError(f"the model has no {recipe.targets} layers to train; is this a diffusion model?")
         self.optimizer = torch.optim.AdamW(
@@ -145,6 +148,9 @@ class TrainingRun:
         if recipe.target_gradient_factor is not None:
             recipe = recipe.model_copy(update={"beta": beta_at(recipe, self.records)})
             totals["beta"] = recipe.beta
+        balance = self._balance()
+        if balance:
+            totals[LEAK_WEIGHT] = balance.leak_weight
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(recipe.accumulation_steps):
             if self.processes.any(should_stop(), self.device):
@@ -152,7 +158,7 @@ class TrainingRun:
             number = self.step * recipe.accumulation_steps + micro
             batch, anchor_weight = self.processes.share(self.plan.batch(number)), recipe.anchor_weight_at(number)
             loss, metrics = batch_loss(
-                self.policy, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight
+                self.policy, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight, balance
             )
             metrics = self.processes.mean(metrics, self.device)
             self._check_finite("loss", metrics["loss"])
@@ -168,6 +174,15 @@ class TrainingRun:
         totals["grad_norm"] = float(nn.utils.clip_grad_norm_(self.parameters.values(), recipe.max_grad_norm))
         return totals
 
+    def _balance(self) -> Balance | None:
+        """Return what weighs the terms of the next step, for a recipe with `redirect`."""
+        recipe = self.recipe
+        if not recipe.redirect:
+            return None
+        assert recipe.leak_budget  # checked by the recipe
+        contrast, weight = self.untrained["eval/contrast"], leak_weight_at(recipe, self.records)
+        return Balance(contrast, weight, recipe.leak_budget, recipe.preference_weight)
+
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise StepError(
@@ -177,26 +192,32 @@ class TrainingRun:
     def _measure(self, held_out: HeldOut) -> dict[str, float]:
         with self.weights(self.average):
             measured = held_out.measure(self.policy)
-        if measured["eval/loss"] < self._best_loss and not passed_limit(measured, self.recipe):
+        if is_kept(measured, self._best, self.recipe):
             self.best_step = self.step
             self.best = {name: value.clone() for name, value in self.average.items()}
         return measured
 
     @property
-    def _best_loss(self) -> float:
-        if self.best_step:
-            return self.records[self.best_step - 1]["eval/loss"]
-        return self.untrained["eval/loss"]
+    def _best(self) -> float:
+        best = self.records[self.best_step - 1] if self.best_step else self.untrained
+        return best[watched(self.recipe)]
 
     def _measure_untrained(self) -> None:
         """Measure the model without its LoRA, once: the same draws as every measurement, and its reference is kept."""
         if self.held_out and not self.untrained:
             self.untrained = self.held_out.measure(self.policy, is_untrained=True)
+            if self.recipe.redirect:
+                check_separation(self.untrained)
 
     @property
     def stop_reason(self) -> str | None:
         """Why there is no point in going on, or None."""
         return stop_reason(self.records, self.best_step, self.recipe)
+
+    @property
+    def shortfall(self) -> str | None:
+        """What the best weights fall short of, in words, or None."""
+        return shortfall(self.records, self.best_step, self.recipe)
 
     def finish(self) -> int:
         """Put what the expert is made of into the model and return the step it is from.

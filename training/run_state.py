@@ -41,7 +41,7 @@ def save_state(run: "TrainingRun", path: Path, identity: dict) -> None:
     for name, parameter in run.parameters.items():
         for kind, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{kind}.{name}"] = torch.as_tensor(value)
-    progress = {"records": run.records, "best_step": run.best_step, "changes": run.changes}
+    progress = {"records": run.records, "best_step": run.best_step, "changes": run.changes, "untrained": run.untrained}
     metadata = {"identity": json.dumps(identity, sort_keys=True), "progress": json.dumps(progress)}
     write_tensors(path, {key: value.cpu().contiguous() for key, value in tensors.items()}, metadata)
 
@@ -63,6 +63,7 @@ def restore_state(run: "TrainingRun", path: Path, identity: dict) -> None:
                 run.best[name].copy_(tensors[f"best.{name}"])
         _restore_optimizer(run, tensors)
         run.records, run.best_step, run.changes = progress["records"], progress["best_step"], progress["changes"]
+        run.untrained = progress.get("untrained", {})  # states of before had it measured again
     except InputError as error:
         raise InputError(f"cannot resume from {path}: {error}") from error
     except (KeyError, ValueError, RuntimeError) as error:  # a key is missing, no JSON, or a tensor of another shape

@@ -4,13 +4,20 @@ import math
 from collections.abc import Sequence
 
 from .recipe import Recipe
+from .redirect import USUAL_GUIDANCE, residual_target
 
 _LIMITS = {"eval/drift": "max_drift", "eval/chosen_increase": "max_chosen_increase"}  # measurement -> recipe field
 
 
+def watched(recipe: Recipe) -> str:
+    """Return the measurement that the best weights have the least of."""
+    return "eval/loss" if recipe.leak_budget is None else "eval/residual"
+
+
 def keeps_best(recipe: Recipe) -> bool:
     """Whether the expert is made of the weights of the best measurement instead of the last ones."""
-    return bool(recipe.patience or any(getattr(recipe, field) is not None for field in _LIMITS.values()))
+    limits = (*_LIMITS.values(), "leak_budget")
+    return bool(recipe.patience or any(getattr(recipe, field) is not None for field in limits))
 
 
 def passed_limit(measured: dict[str, float], recipe: Recipe) -> str | None:
@@ -20,6 +27,18 @@ def passed_limit(measured: dict[str, float], recipe: Recipe) -> str | None:
         if measured[name] > (math.inf if limit is None else limit):
             return f"{name.removeprefix('eval/')} {measured[name]:.2g} passed {field}"
     return None
+
+
+def is_kept(measured: dict[str, float], best: float, recipe: Recipe) -> bool:
+    """Whether weights with this measurement are within every limit and better than the best so far."""
+    within_budget = recipe.leak_budget is None or measured["eval/leak"] <= recipe.leak_budget
+    return within_budget and measured[watched(recipe)] < best and not passed_limit(measured, recipe)
+
+
+def target_of(recipe: Recipe) -> float:
+    """Return the residual to reach: the recipe's, or what its guidance asks for."""
+    guidance = USUAL_GUIDANCE if recipe.guidance is None else recipe.guidance
+    return residual_target(guidance) if recipe.residual_target is None else recipe.residual_target
 
 
 def stop_reason(records: Sequence[dict[str, float]], best_step: int, recipe: Recipe) -> str | None:
@@ -32,7 +51,32 @@ def stop_reason(records: Sequence[dict[str, float]], best_step: int, recipe: Rec
     measured = [record for record in records if "eval/loss" in record]
     if measured and (passed := passed_limit(measured[-1], recipe)):
         return passed
+    if recipe.leak_budget is not None and best_step and records[best_step - 1]["eval/residual"] <= target_of(recipe):
+        return "the residual target is reached within the leak budget"
     since_best = sum("eval/loss" in record for record in records[best_step:])
     if recipe.patience and since_best >= recipe.patience:
         return f"no better held-out loss in {since_best} measurements"
     return None
+
+
+def shortfall(records: Sequence[dict[str, float]], best_step: int, recipe: Recipe) -> str | None:
+    """Return what an expert of `best_step` falls short of, in words, or None; for a recipe with a leak budget.
+
+    `best_step` 0: no measurement was within the budget and better than the untrained model.
+    """
+    if recipe.leak_budget is None:
+        return None
+    if best_step:
+        residual, target = records[best_step - 1]["eval/residual"], target_of(recipe)
+        if residual <= target:
+            return None
+        return f"residual {residual:.3g}, target {target:.3g}: raise rank, steps or leak_budget"
+    measured = [record for record in records if "eval/leak" in record]
+    if not measured:
+        return None
+    least = min(measured, key=lambda record: record["eval/leak"])
+    worst = max((name for name in least if name.startswith("eval/leak/")), key=lambda name: least[name])
+    return (
+        f"the leak blocks: least {least['eval/leak']:.3g} (on {worst.removeprefix('eval/leak/')} prompts), budget "
+        f"{recipe.leak_budget:g}; lower learning_rate, or raise leak_weight or leak_budget"
+    )

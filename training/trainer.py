@@ -31,6 +31,7 @@ from .policy import PolicyLoader
 from .preparation import encode_dataset, load_policy, open_bank
 from .processes import Processes
 from .recipe import Recipe
+from .retained import RetainedPrompts, retained_prompts
 from .run import StepError, TrainingRun
 from .run_state import restore_state, save_state
 from .samples import SampleDrawer
@@ -55,6 +56,11 @@ class TrainResult:
     records: list[dict[str, float]]
     step: int
     stopped: bool
+
+    @property
+    def shortfall(self) -> str | None:
+        """What the expert falls short of, in words; None where its recipe sets no target, or it is reached."""
+        return self.expert.info.trained.shortfall if self.expert.info.trained else None
 
     @property
     def losses(self) -> list[float]:
@@ -83,6 +89,7 @@ def train_expert(
     with_experts: Sequence[Expert] = (),
     resume: bool = False,
     policy_loader: PolicyLoader | None = None,
+    retain: RetainedPrompts | None = None,
 ) -> TrainResult:
     """Train one expert and save it to `out_path` (kohya keys; see experts/expert_file.py).
 
@@ -96,6 +103,7 @@ def train_expert(
             default nothing is attached, so that a style LoRA is trained apart from the experts it will be stacked on.
         resume: go on from `resume_path(out_path)`: the result is that of an uninterrupted run.
         policy_loader: makes the model in training of a checkpoint; default is a LoRA on diffusers' model.
+        retain: prompts that must stay as they are, by group, beside those of the dataset's other categories.
 
     Raises:
         InputError: dataset, checkpoint, recipe or resume state are unusable, or another process trains `out_path`; the
@@ -110,7 +118,7 @@ def train_expert(
     # Of several processes the first writes.
     with only_writer(out_path) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
         training = _prepare(
-            checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts, policy_loader
+            checkpoint, dataset, recipe, Path(out_path), events, category, device, with_experts, policy_loader, retain
         )
         try:
             if resume:
@@ -153,10 +161,12 @@ def _prepare(
     device: torch.device | str | None,
     with_experts: Sequence[Expert],
     policy_loader: PolicyLoader | None,
+    retain: RetainedPrompts | None,
 ) -> _Training:
     processes, target = Processes.from_launcher() if device is None else (Processes(), torch.device(device))
     processes.check(recipe)
     pairs = dataset.training_pairs(category, recipe.pairs)
+    retained = retained_prompts(dataset, pairs, category, recipe, retain or {})
     dtype = compute_dtype(target, recipe.precision)
 
     def encoded(stage: str, done: int, total: int) -> None:
@@ -166,14 +176,23 @@ def _prepare(
             raise TrainingStoppedError("stopped while encoding the dataset; the next run goes on from there")
 
     with processes.main_first():
-        cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, encoded)
+        cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, encoded, retained)
     policy = (policy_loader or load_policy)(checkpoint, recipe, with_experts, target, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
-    held_out = HeldOut(set_aside, cache, recipe, target) if set_aside else None
+    with_target = recipe.model_copy(update={"guidance": _guidance(recipe, dataset)})
+    held_out = HeldOut(set_aside, cache, with_target, target, retained) if set_aside else None
     bank = open_bank(cache, recipe, with_experts, dtype, processes)
-    run = TrainingRun(policy, BatchPlan(trained_on, cache, recipe), recipe, target, processes, held_out, bank)
-    info = describe_training(checkpoint, dataset, recipe, category, with_experts)
+    plan = BatchPlan(trained_on, cache, with_target, retained)
+    run = TrainingRun(policy, plan, with_target, target, processes, held_out, bank)
+    info = describe_training(checkpoint, dataset, recipe, category, with_experts, retain)
     return _Training(run, info, out_path, SampleDrawer(checkpoint, cache, (set_aside or trained_on)[0], target))
+
+
+def _guidance(recipe: Recipe, dataset: PreferenceDataset) -> float | None:
+    """Return the guidance that the model is drawn with: the recipe's, or what the dataset was drawn with, if known."""
+    drawn_with = dataset.info.sampler.get("cfg")
+    is_known = isinstance(drawn_with, int | float) and not isinstance(drawn_with, bool)
+    return float(drawn_with) if recipe.guidance is None and is_known else recipe.guidance
 
 
 def _restore(training: _Training) -> None:
@@ -236,6 +255,8 @@ def _finish(training: _Training, stopped: bool) -> TrainResult:
     if not step:
         raise _no_expert(run, stopped)
     expert = _expert_of(training, step, finished=not stopped)
+    if run.shortfall:
+        logger.warning("the expert falls short of its target: %s", run.shortfall)
     if run.processes.is_main:
         save_expert(expert, training.out_path)
         if not stopped:
@@ -246,6 +267,10 @@ def _finish(training: _Training, stopped: bool) -> TrainResult:
 def _no_expert(run: TrainingRun, stopped: bool) -> SafetyExpertsError:
     """Say that no measurement was better than the untrained model."""
     measured = [record["eval/loss"] for record in run.records if "eval/loss" in record]
+    if run.shortfall:
+        reason = f"no weights of {run.step} steps are within the budget and better than none, so no expert was saved"
+        text = f"{reason}: {run.shortfall}"
+        return TrainingStoppedError(f"stopped: {text}; resume goes on") if stopped else SafetyExpertsError(text)
     found = (
         f"no held-out measurement in {run.step} steps was better than the untrained model's loss of "
         f"{run.untrained['eval/loss']:.4g} within the limits (least: {min(measured):.4g}), so no expert was saved"
@@ -264,6 +289,7 @@ def _expert_of(training: _Training, step: int, *, finished: bool) -> Expert:
         metrics["eval/untrained_loss"] = round(run.untrained["eval/loss"], 6)
     assert training.info.trained
     changes = {"step": step, "metrics": metrics, "resumed_with": tuple(run.changes), "finished": finished}
+    changes["shortfall"] = run.shortfall
     info = training.info.model_copy(update={"origin": training.info.trained.model_copy(update=changes)})
     return Expert(run.policy.read_layers(), info, training.out_path.stem)
 

@@ -19,7 +19,7 @@ def pairs():
 def make_run(pairs):
     """Build a run on a fresh tiny UNet; `options` are recipe fields."""
 
-    def build(cache=None, run_pairs=None, **options) -> TrainingRun:
+    def build(cache=None, run_pairs=None, retained=None, **options) -> TrainingRun:
         defaults = {
             "rank": 2,
             "batch_size": 2,
@@ -36,8 +36,8 @@ def make_run(pairs):
         denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
         cache, device = cache or MemoryCache(), torch.device("cpu")
         trained_on, set_aside = split_pairs(run_pairs or pairs, recipe)
-        held_out = HeldOut(set_aside, cache, recipe, device) if set_aside else None
-        plan = BatchPlan(trained_on, cache, recipe)
+        held_out = HeldOut(set_aside, cache, recipe, device, retained) if set_aside else None
+        plan = BatchPlan(trained_on, cache, recipe, retained)
         return TrainingRun(LoraPolicy(denoiser, recipe.lora_alpha), plan, recipe, device, held_out=held_out)
 
     return build

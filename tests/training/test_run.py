@@ -6,6 +6,7 @@ from closeness import assert_close_at_scale
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.training.batches import BatchPlan
+from safety_experts.training.held_out import HeldOut
 from safety_experts.training.lora import adapter_off, attach_lora, lora_modules, lora_parameters, read_layers
 from safety_experts.training.policy import LoraPolicy
 from safety_experts.training.recipe import Recipe, load_recipe, shipped_recipes
@@ -239,9 +240,9 @@ def test_every_shipped_recipe_takes_a_step(name, pairs):
     unet = tiny_unet()
     attach_lora(unet, recipe)
     denoiser = UNetDenoiser(unet, torch.linspace(0.999, 0.005, 1000), "epsilon")
-    run = TrainingRun(
-        LoraPolicy(denoiser, recipe.lora_alpha), BatchPlan(pairs, MemoryCache(), recipe), recipe, torch.device("cpu")
-    )
+    policy, plan, device = LoraPolicy(denoiser, recipe.lora_alpha), BatchPlan(pairs, MemoryCache(), recipe), "cpu"
+    held_out = HeldOut(pairs[:2], MemoryCache(), recipe, torch.device(device)) if recipe.held_out_fraction else None
+    run = TrainingRun(policy, plan, recipe, torch.device(device), held_out=held_out)
     before = weights_of(run)
     assert math.isfinite(run.take_step(go_on)["loss"])
     assert any(not torch.equal(value, before[key]) for key, value in weights_of(run).items())
