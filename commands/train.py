@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..training.trainer import TrainResult
 
 # What the Train node of a ComfyUI does not do.
-_NOT_IN_COMFYUI = ("recipe_from", "tokenizer", "tensorboard", "wandb", "samples", "json_lines")
+_NOT_IN_COMFYUI = ("recipe_from", "retain", "tokenizer", "tensorboard", "wandb", "samples", "json_lines")
 HELP = "train one LoRA safety expert from a preference dataset"
 logger = logging.getLogger(__name__)
 
