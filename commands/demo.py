@@ -11,6 +11,7 @@ HELP = "run the whole pipeline on the harmless toy world through a real ComfyUI 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-report"), metavar="DIR", help="default: demo-report")
     parser.add_argument("--fast", action="store_true", help="a few pairs and images: shows that it runs, not how well")
+    parser.add_argument("--native", action="store_true", help="train on the MODEL of a loader instead of by checkpoint")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="only write the toy checkpoint, for the example workflows"
@@ -44,7 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     try:
         result = run_pipeline(
-            arguments.out, ("violence", "hate"), FAST if arguments.fast else FULL, on_progress=on_progress
+            arguments.out,
+            ("violence", "hate"),
+            FAST if arguments.fast else FULL,
+            native=arguments.native,
+            on_progress=on_progress,
         )
     finally:
         if bar is not None:

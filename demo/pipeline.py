@@ -67,11 +67,19 @@ def set_inputs(graph: Graph, class_type: str, index: int = 0, **values: object) 
 
 
 def run_pipeline(
-    out: Path, categories: Sequence[str], size: DemoSize, *, on_progress: OnProgress = lambda *_: None
+    out: Path,
+    categories: Sequence[str],
+    size: DemoSize,
+    *,
+    native: bool = False,
+    on_progress: OnProgress = lambda *_: None,
 ) -> DemoResult:
     """Build pairs, train one expert a category, merge them, and draw every evaluation prompt with every model.
 
     Everything lies under `out`/comfyui, the server's base directory, which is emptied first.
+
+    Args:
+        native: train on the MODEL of a loader instead of by checkpoint.
 
     Raises:
         InputError: `out` is a folder of something else.
@@ -96,6 +104,10 @@ def run_pipeline(
         for category in categories:
             train = load_workflow("2_train_expert")
             set_inputs(train, "SafetyExpertsTrain", category=category, expert_name=category)
+            if native:
+                loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
+                train["base"] = loader
+                set_inputs(train, "SafetyExpertsTrain", model=["base", 0], clip=["base", 1], vae=["base", 2])
             run(f"train {category}", train)
             result.experts[category] = _saved_expert(server, category)
 
