@@ -8,6 +8,7 @@ from pathlib import Path
 import graphs
 import numpy as np
 import pytest
+import torch
 from graphs import Graph
 from safetensors.torch import load_file, save_file
 from safety_experts.checkpoint_id import CheckpointId
@@ -38,6 +39,11 @@ def parts(server, checkpoint) -> dict[str, str]:
         (models / folder).mkdir(exist_ok=True)
         part = {key.removeprefix(prefix): value.clone() for key, value in weights.items() if key.startswith(prefix)}
         save_file(part, models / folder / names[folder])
+    wide = {key: value.clone() for key, value in part.items()}  # a TAESD of 16 channels, as FLUX has
+    wide["taesd_decoder.1.weight"] = wide["taesd_decoder.1.weight"].repeat(1, 4, 1, 1)
+    for key in ("taesd_encoder.14.weight", "taesd_encoder.14.bias"):
+        wide[key] = torch.cat([wide[key]] * 4)
+    save_file(wide, models / "vae" / "taesd16.safetensors")
     return names
 
 
@@ -179,6 +185,21 @@ def test_a_lora_on_the_model_is_in_the_reference_and_not_in_the_file(server, par
     assert len(base.patches) == 1
 
 
+def test_weights_in_fp8_with_an_expert_on_them_train(server, parts, dataset):
+    graph = Graph()
+    loaders = add_parts(graph, parts)
+    graph[loaders["model"][0]]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
+    name = expert_path(server, "native_stock").name
+    patched = graph.add("LoraLoaderModelOnly", model=loaders["model"], lora_name=name, strength_model=1.0)
+    node = train(
+        graph, dataset, "native_fp8", overrides="anchor_weight=0\nsft_weight=0", **(loaders | {"model": (patched, 0)})
+    )
+    losses = losses_of(server, graph, node)
+    expert = load_expert(expert_path(server, "native_fp8"))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are rounded alike
+    assert all(layer.up.any() for layer in expert.layers.values())
+
+
 def test_another_base_is_said_and_one_of_other_latents_is_refused(server, parts, dataset):
     datasets = server.base_directory / "datasets"
     for family in ("sd20", "flux"):  # the first draws in SD1.5's latents, the second in others
@@ -202,11 +223,14 @@ def test_another_base_is_said_and_one_of_other_latents_is_refused(server, parts,
         (("vae",), {}, "vae is not connected: training on a MODEL needs its CLIP and VAE"),
         (("clip", "vae"), {}, "clip and vae is not connected"),
         ((), {"processes": 2}, "a connected MODEL trains in one process"),
+        ((), {"vae": "taesd16.safetensors"}, r"the VAE gives 16 channels and this model draws in 4 \(SD15\)"),
     ],
 )
 def test_what_is_missing_is_named(server, parts, dataset, missing, inputs, message):
     graph = Graph()
     loaders = {name: link for name, link in add_parts(graph, parts).items() if name not in missing}
-    train(graph, dataset, "wrong", **loaders, **inputs)
+    if vae := inputs.get("vae"):
+        loaders["vae"] = (graph.add("VAELoader", vae_name=vae), 0)
+    train(graph, dataset, "wrong", **inputs | loaders)
     with pytest.raises(SafetyExpertsError, match=message):
         server.run(graph)
