@@ -53,7 +53,7 @@ from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy import bench_world as world
 from safety_experts.toy.bench_oracle import read_image
-from safety_experts.training.calibration import collect_statistics
+from safety_experts.training.calibration import collect_activation_counts
 from safety_experts.training.objectives import OBJECTIVES
 from safety_experts.training.recipe import Recipe, load_recipe
 from safety_experts.training.strengths import fit_strengths
@@ -268,14 +268,14 @@ def test_prompts(own: Sequence[str], images: int, first_seed: int) -> list[Asked
 def merge(work: Path, experts: Sequence[Expert], cell: Cell, sizes: Sizes) -> Expert:
     """Return the merge of all categories' experts."""
     method, counts, weights = METHODS[cell.merge], None, None
-    if method.needs_weights or method.needs_statistics:
+    if method.needs_weights or method.needs_counts:
         dataset = pairs_of(work, "one", sizes)
         if method.needs_weights:
             recipe = load_recipe("strengths", [f"seed={cell.seed}"])
             weights = fit_strengths(experts, model().checkpoint, dataset, recipe, device="cpu")
         else:
-            counts = collect_statistics(experts, model().checkpoint, dataset, num_prompts=112, device="cpu")
-    return merge_experts(experts, cell.merge, weights=weights, statistics=counts)
+            counts = collect_activation_counts(experts, model().checkpoint, dataset, num_prompts=112, device="cpu")
+    return merge_experts(experts, cell.merge, weights=weights, activation_counts=counts)
 
 
 def best_strength(expert: Expert, cell: Cell, sizes: Sizes) -> float:

@@ -162,7 +162,7 @@ def _merge_options(dice: random.Random, work: Path) -> list[str]:
     for parameter in METHODS[method].parameters:
         if dice.random() < 0.3:
             options += ["--set", f"{parameter.name}={dice.choice(TEXTS)}"]
-    if METHODS[method].needs_statistics and dice.random() < 0.8:
+    if METHODS[method].needs_counts and dice.random() < 0.8:
         counts = work / "counts.safetensors"
         if dice.random() < 0.5:
             damage(counts, dice, None)

@@ -104,7 +104,7 @@ class World:
         import torch
         from PIL import Image
         from safetensors.torch import save_file
-        from safety_experts.experts.co_merge import save_statistics
+        from safety_experts.experts.co_merge import save_activation_counts
         from safety_experts.experts.expert import Expert, LoraLayer
         from safety_experts.experts.expert_file import load_expert, save_expert
         from safety_experts.experts.info import ExpertInfo
@@ -139,8 +139,8 @@ class World:
         counts = {
             layer: torch.ones(2, part.up.shape[0], dtype=torch.int64) for layer, part in experts[0].layers.items()
         }
-        save_statistics(self.sound / "counts.safetensors", counts, experts, {})
-        save_expert(merge_experts(experts, "co-merge", statistics=counts), self.sound / "co.safetensors")
+        save_activation_counts(self.sound / "counts.safetensors", counts, experts, {})
+        save_expert(merge_experts(experts, "co-merge", activation_counts=counts), self.sound / "co.safetensors")
         for path in sorted((ROOT / "tests" / "experts" / "golden").glob("*.safetensors")):
             shutil.copy(path, self.sound / f"golden_{path.name}")
         loha = {

@@ -20,7 +20,7 @@ from safety_experts.experts.expert import Expert
 from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy.world import MARKS
-from safety_experts.training.calibration import collect_statistics
+from safety_experts.training.calibration import collect_activation_counts
 from safety_experts.training.recipe import load_recipe
 from safety_experts.training.strengths import fit_strengths
 
@@ -94,15 +94,15 @@ def merged(work: Path, case: str, seed: int) -> Expert | None:
     model = sampler()
     if METHODS[method].needs_weights:
         weights = fitted(work, experts, seed)
-    if METHODS[method].needs_statistics:
-        statistics = collect_statistics(
+    if METHODS[method].needs_counts:
+        statistics = collect_activation_counts(
             experts,
             model.checkpoint,
             PreferenceDataset.open(work / "pairs"),
             num_prompts=CALIBRATION_PAIRS,
             device="cpu",
         )
-    return merge_experts(experts, method, weights=weights, parameters=parameters, statistics=statistics)
+    return merge_experts(experts, method, weights=weights, parameters=parameters, activation_counts=statistics)
 
 
 def fitted(work: Path, experts: Sequence[Expert], seed: int) -> list[float]:

@@ -117,7 +117,8 @@ def probe(case: str, folder: str) -> dict:
         return dense_method_case(experts, method)
     clock = Clock()
     with clock:
-        merge_experts(experts, method, parameters={"rank": MERGED_RANK} if "rank" in known else {}, statistics=counts)
+        parameters = {"rank": MERGED_RANK} if "rank" in known else {}
+        merge_experts(experts, method, parameters=parameters, activation_counts=counts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {**clock.result(), "peak_memory_gb": round(peak, 2)}
 

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     method = find_method(arguments.method)
     parameters = method.parse_parameters(parse_key_values(arguments.set))
     experts = [open_expert(path) for path in arguments.experts]
-    statistics = _statistics(arguments, in_one_spelling(experts)) if method.needs_statistics else None
+    counts = _activation_counts(arguments, in_one_spelling(experts)) if method.needs_counts else None
     if method.needs_weights and weights is None and arguments.calibration:
         weights = _fit(arguments, experts)
     with progress_bar("layers", is_hidden=arguments.json) as show:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.method,
             weights=weights,
             parameters=parameters,
-            statistics=statistics,
+            activation_counts=counts,
             name=arguments.out.stem,
             device=str(choose_device(arguments.device)),
             on_layer=show,
@@ -107,18 +107,18 @@ def _fit(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> list[flo
         )
 
 
-def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "dict[str, Tensor] | None":
-    from ..experts.co_merge import load_statistics, save_statistics
+def _activation_counts(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "dict[str, Tensor] | None":
+    from ..experts.co_merge import load_activation_counts, save_activation_counts
 
     if not arguments.calibration:
-        return load_statistics(arguments.statistics, experts) if arguments.statistics else None
+        return load_activation_counts(arguments.statistics, experts) if arguments.statistics else None
 
     from ..models.checkpoint import load_checkpoint
     from ..preferences.dataset import PreferenceDataset
-    from ..training.calibration import collect_statistics
+    from ..training.calibration import collect_activation_counts
 
     with progress_bar("calibration", is_hidden=arguments.json) as show:
-        statistics = collect_statistics(
+        counts = collect_activation_counts(
             experts,
             load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer),
             PreferenceDataset.open(arguments.calibration),
@@ -134,5 +134,5 @@ def _statistics(arguments: argparse.Namespace, experts: "Sequence[Expert]") -> "
             "num_prompts": arguments.num_prompts,
             "seed": arguments.seed,
         }
-        save_statistics(arguments.statistics, statistics, experts, calibration)
-    return statistics
+        save_activation_counts(arguments.statistics, counts, experts, calibration)
+    return counts

@@ -1,4 +1,4 @@
-"""Co-Merge's statistics: which expert is the most active in each output row, counted over real inputs.
+"""Co-Merge's activation counts: which expert is the most active in each output row, counted over real inputs.
 
 For one token x and row j the expert with the largest |s_k (B_k A_k x)[j]| gets one count; ties go to the earlier
 expert, and where all are exactly zero nobody gets it.
@@ -73,7 +73,7 @@ class ActivationCounter:
                 counts[index] += winner.eq(index).sum(dim=0)
 
     @property
-    def statistics(self) -> dict[str, Tensor]:
+    def counts(self) -> dict[str, Tensor]:
         """Counts by layer, [K, out] int64 on the CPU; layers that were never observed are all zero."""
         rows = {name: layer.up.shape[0] for expert in self.experts for name, layer in expert.layers.items()}
         nothing = {name: torch.zeros(len(self.experts), rows[name], dtype=torch.int64) for name in self.layers}
@@ -128,8 +128,8 @@ class ActivationCounter:
         return self._placed[name, device]
 
 
-def save_statistics(
-    path: str | os.PathLike, statistics: Mapping[str, Tensor], experts: Sequence[Expert], calibration: Mapping
+def save_activation_counts(
+    path: str | os.PathLike, counts: Mapping[str, Tensor], experts: Sequence[Expert], calibration: Mapping
 ) -> None:
     """Write counts as safetensors, with the experts they belong to and what they were calibrated on (JSON values)."""
     description = {
@@ -138,10 +138,10 @@ def save_statistics(
         "calibration": dict(calibration),
     }
     text = json.dumps(description, ensure_ascii=False, sort_keys=True)
-    write_tensors(path, statistics, {_STATISTICS_KEY: text})
+    write_tensors(path, counts, {_STATISTICS_KEY: text})
 
 
-def load_statistics(path: str | os.PathLike, experts: Sequence[Expert]) -> dict[str, Tensor]:
+def load_activation_counts(path: str | os.PathLike, experts: Sequence[Expert]) -> dict[str, Tensor]:
     """Read counts for these experts; their order may differ from the file's.
 
     Raises:

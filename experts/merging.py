@@ -31,7 +31,7 @@ def merge_experts(
     *,
     weights: Sequence[float] | None = None,
     parameters: Mapping[str, Any] | None = None,
-    statistics: Mapping[str, Tensor] | None = None,
+    activation_counts: Mapping[str, Tensor] | None = None,
     name: str = "merged",
     device: torch.device | str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
@@ -43,7 +43,8 @@ def merge_experts(
         method: a key of METHODS.
         weights: one a expert, default 1; each ΔW is multiplied by it.
         parameters: the method's own; missing ones take their defaults.
-        statistics: layer -> counts [K, out] from ActivationCounter, for methods that need them; K in `experts`' order.
+        activation_counts: layer -> counts [K, out] from ActivationCounter, for methods that need them, in `experts`'
+            order.
         name: of the result.
         device: where to compute; default is where each expert's tensors are. The result is on the CPU.
         on_layer: called with (layers done, layers in all).
@@ -66,7 +67,7 @@ def merge_experts(
     if not all(map(math.isfinite, chosen_weights)):
         raise InputError(f"weights {chosen_weights} must be finite numbers")
     values = entry.parse_parameters(parameters or {})
-    if entry.needs_statistics and statistics is None and len(experts) > 1:
+    if entry.needs_counts and activation_counts is None and len(experts) > 1:
         raise InputError(f"{method} needs activation statistics; calibrate on prompts or give a statistics file")
 
     parents = experts
@@ -80,8 +81,8 @@ def merge_experts(
     for done, layer_name in enumerate(names, start=1):
         parts = _parts(experts, expert_ids, chosen_weights, layer_name, device)
         counts = None
-        if entry.needs_statistics and len(experts) > 1:
-            counts = _layer_counts(statistics or {}, layer_name, len(experts), parts)
+        if entry.needs_counts and len(experts) > 1:
+            counts = _layer_counts(activation_counts or {}, layer_name, len(experts), parts)
         merged = entry.merge_layer(LayerTask(layer_name, parts, len(experts), values, counts))
         if merged.layer is not None:
             layers[layer_name] = LoraLayer(merged.layer.down.cpu(), merged.layer.up.cpu(), merged.layer.alpha)
@@ -99,7 +100,7 @@ def merge_experts(
             f"{method}: nothing is left of {', '.join(expert.name for expert in experts)}; they have no layers, or no "
             "layer was active on the calibration prompts"
         )
-    counts_hash = statistics_sha256(statistics) if statistics is not None and entry.needs_statistics else None
+    counts_hash = counts_sha256(activation_counts) if activation_counts is not None and entry.needs_counts else None
     origin = Merged(
         method=method,
         parameters=values,
@@ -119,10 +120,10 @@ def merge_experts(
     return Expert(layers, info, name)
 
 
-def statistics_sha256(statistics: Mapping[str, Tensor]) -> str:
+def counts_sha256(activation_counts: Mapping[str, Tensor]) -> str:
     """Return a hash of activation counts: layer names, shapes and values."""
     digest = hashlib.sha256()
-    for layer, counts in sorted(statistics.items()):
+    for layer, counts in sorted(activation_counts.items()):
         digest.update(f"{layer} {list(counts.shape)}\n".encode())
         digest.update(tensor_bytes(counts.to(torch.int64)))
     return digest.hexdigest()
@@ -155,13 +156,13 @@ def _parts(
 
 
 def _layer_counts(
-    statistics: Mapping[str, Tensor], name: str, num_experts: int, parts: Sequence[Contribution]
+    activation_counts: Mapping[str, Tensor], name: str, num_experts: int, parts: Sequence[Contribution]
 ) -> Tensor:
     up = parts[0].layer.up
     expected = [num_experts, up.shape[0]]
-    if name not in statistics:
+    if name not in activation_counts:
         raise InputError(f"the statistics have no layer {name}; calibrate again with these experts")
-    counts = statistics[name]
+    counts = activation_counts[name]
     if list(counts.shape) != expected:
         raise InputError(
             f"the statistics of layer {name} are {list(counts.shape)}, expected {expected} (experts, rows); "

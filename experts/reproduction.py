@@ -12,11 +12,11 @@ from ..errors import InputError
 from ..files import is_plain_name
 from ..typed import printable
 from .blocks import scale_categories
-from .co_merge import load_statistics
+from .co_merge import load_activation_counts
 from .expert import Expert
 from .expert_file import load_expert, open_expert
 from .info import Merged, Protected
-from .merging import merge_experts, statistics_sha256
+from .merging import counts_sha256, merge_experts
 from .protection import protect
 
 
@@ -32,7 +32,7 @@ class Reproduction:
 def reproduce_merge(
     path: str | os.PathLike,
     parents: Sequence[str | os.PathLike] = (),
-    statistics_path: str | os.PathLike | None = None,
+    counts_path: str | os.PathLike | None = None,
     *,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Reproduction:
@@ -41,7 +41,7 @@ def reproduce_merge(
     Args:
         path: the merged expert or protected style.
         parents: files of its parents in any order; those not given are looked for beside it by name.
-        statistics_path: the activation counts, for methods that need them.
+        counts_path: the activation counts, for methods that need them.
         on_layer: called with (layers done, layers in all).
 
     Raises:
@@ -56,7 +56,7 @@ def reproduce_merge(
             origin.method,
             weights=[1.0 if parent.weight is None else parent.weight for parent in origin.parents],
             parameters=origin.parameters,
-            statistics=_find_statistics(origin, Path(path), statistics_path, experts),
+            activation_counts=_find_activation_counts(origin, Path(path), counts_path, experts),
             on_layer=on_layer,
         )
     elif isinstance(origin, Protected):
@@ -89,17 +89,17 @@ def _find_parents(origin: Merged | Protected, path: Path, given: Sequence[str | 
     return experts
 
 
-def _find_statistics(
-    origin: Merged, path: Path, statistics_path: str | os.PathLike | None, experts: Sequence[Expert]
+def _find_activation_counts(
+    origin: Merged, path: Path, counts_path: str | os.PathLike | None, experts: Sequence[Expert]
 ) -> dict[str, Tensor] | None:
     if origin.statistics_sha256 is None:
         return None
-    if statistics_path is None:
+    if counts_path is None:
         raise InputError(f"{path} was merged by activation statistics; give the file with --statistics")
-    statistics = load_statistics(statistics_path, experts)
-    if statistics_sha256(statistics) != origin.statistics_sha256:
-        raise InputError(f"{statistics_path} holds other counts than {path} was merged by; give the file used then")
-    return statistics
+    counts = load_activation_counts(counts_path, experts)
+    if counts_sha256(counts) != origin.statistics_sha256:
+        raise InputError(f"{counts_path} holds other counts than {path} was merged by; give the file used then")
+    return counts
 
 
 def _compare(recorded: Expert, again: Expert) -> Reproduction:

@@ -107,9 +107,9 @@ class SafetyExpertsMerge(io.ComfyNode):
     def execute(cls, experts: dict, method: dict, weights: str = "") -> io.NodeOutput:
         in_order = [experts[name] for name in sorted(experts, key=lambda name: int(name.rpartition("_")[2]))]
         name = method["method"]
-        statistics = None
-        if METHODS[name].needs_statistics and len(in_order) > 1:
-            statistics = _calibrate(in_one_spelling(in_order), method)
+        counts = None
+        if METHODS[name].needs_counts and len(in_order) > 1:
+            counts = _calibrate(in_one_spelling(in_order), method)
         given = _parse_weights(weights)
         if METHODS[name].needs_weights and given is None:
             given = _fit(in_order, method)
@@ -118,7 +118,7 @@ class SafetyExpertsMerge(io.ComfyNode):
             name,
             weights=given,
             parameters=_given_parameters(method),
-            statistics=statistics,
+            activation_counts=counts,
             device=comfy.model_management.get_torch_device(),
             on_layer=host.Progress().show,
         )
@@ -128,7 +128,7 @@ class SafetyExpertsMerge(io.ComfyNode):
 def _method_inputs(name: str) -> list[io.Input]:
     method = METHODS[name]
     inputs: list[io.Input] = []
-    if method.needs_statistics:
+    if method.needs_counts:
         inputs += [
             io.Model.Input("model", tooltip="The model the experts were trained on, without any of them."),
             io.Clip.Input("clip"),
@@ -169,7 +169,7 @@ def _calibrate(experts, method: dict):
         width_px=method["width"],
         height_px=method["height"],
     )
-    return counter.statistics
+    return counter.counts
 
 
 def _fit(experts, method: dict) -> list[float]:

@@ -19,7 +19,7 @@ from .cache import PairCache
 _PAIRS_PER_PASS = 8
 
 
-def collect_statistics(
+def collect_activation_counts(
     experts: Sequence[Expert],
     checkpoint: Checkpoint,
     dataset: PreferenceDataset,
@@ -44,7 +44,7 @@ def collect_statistics(
         on_step: called with (pairs done, pairs in all).
 
     Returns:
-        layer -> [K, out] int64 counts, for `merge_experts(..., statistics=...)`.
+        layer -> [K, out] int64 counts, for `merge_experts(..., activation_counts=...)`.
 
     Raises:
         InputError: dataset or checkpoint are unusable, or hold no layer of the experts.
@@ -78,7 +78,7 @@ def count_activations(
     device: torch.device | str,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Do what `collect_statistics` does, with a loaded model and an encoded dataset."""
+    """Do what `collect_activation_counts` does, with a loaded model and an encoded dataset."""
     counter = ActivationCounter(experts)
     done = 0
     with counter.hook_modules(denoiser.model.named_modules()):
@@ -87,7 +87,7 @@ def count_activations(
             done += len(group)
             if on_step:
                 on_step(done, len(pairs))
-    return counter.statistics
+    return counter.counts
 
 
 def _groups_of_one_size(pairs: Sequence[PreferencePair], cache: PairCache) -> list[list[PreferencePair]]:

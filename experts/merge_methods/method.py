@@ -126,7 +126,7 @@ class MergeMethod:
     Args:
         name: as recipes of merges, commands and nodes call it; for ever.
         is_exact: the file holds precisely what the formula says, nothing is truncated.
-        needs_statistics: it is given activation counts (co_merge.py).
+        needs_counts: it is given activation counts (co_merge.py).
         needs_weights: it has no weights by default; they are fitted on pairs (training/strengths.py) or given.
     """
 
@@ -136,7 +136,7 @@ class MergeMethod:
     summary: str
     merge_layer: Callable[[LayerTask], MergedLayer]
     is_exact: bool = True
-    needs_statistics: bool = False
+    needs_counts: bool = False
     needs_weights: bool = False
     parameters: tuple[Parameter, ...] = ()
 

@@ -87,7 +87,7 @@ METHODS = (
         summary="Takes each output row (or layer) from the expert that is most often the most active there. Ranks add "
         "up; one strength per category stays. Our reading of the paper's figure; its code is not published.",
         merge_layer=merge_by_activation,
-        needs_statistics=True,
+        needs_counts=True,
         parameters=(
             Parameter("granularity", "row", "What comes from one expert as a whole.", choices=("row", "layer")),
         ),

@@ -91,7 +91,7 @@ def merge(method: str, shapes: dict) -> Expert:
     experts = [make_expert(1, 3, 2.0, "hate", shapes), make_expert(2, 2, 2.0, "violence", shapes)]
     generator = torch.Generator().manual_seed(3)
     counts = {name: torch.randint(1, 99, (2, shape[0]), generator=generator) for name, shape in shapes.items()}
-    return merge_experts(experts, method, weights=[1.0, 0.6], statistics=counts)
+    return merge_experts(experts, method, weights=[1.0, 0.6], activation_counts=counts)
 
 
 @pytest.fixture(scope="module")

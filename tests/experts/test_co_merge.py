@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from safety_experts.errors import InputError
 from safety_experts.experts import co_merge
-from safety_experts.experts.co_merge import ActivationCounter, load_statistics, save_statistics
+from safety_experts.experts.co_merge import ActivationCounter, load_activation_counts, save_activation_counts
 from safety_experts.experts.expert import Expert, LoraLayer
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -35,7 +35,7 @@ def test_worked_numbers_of_the_count():
     ]
     counter = ActivationCounter(experts)
     counter.observe("lora_unet_x", torch.tensor([[1.0], [-3.0], [0.0]]))
-    assert counter.statistics["lora_unet_x"].tolist() == [[2, 0, 2], [0, 0, 0]]
+    assert counter.counts["lora_unet_x"].tolist() == [[2, 0, 2], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
@@ -47,8 +47,8 @@ def test_counts_equal_the_definition(make_expert, monkeypatch, chunk):
     counter.observe(LINEAR, x)
     counter.observe(LINEAR, x[:1])
     tokens = torch.cat([x.reshape(-1, 10), x[0]])
-    assert torch.equal(counter.statistics[LINEAR], count_one_by_one(experts, LINEAR, tokens))
-    assert counter.statistics[LINEAR].sum() == 12 * len(tokens)
+    assert torch.equal(counter.counts[LINEAR], count_one_by_one(experts, LINEAR, tokens))
+    assert counter.counts[LINEAR].sum() == 12 * len(tokens)
 
 
 def test_convolutions_count_every_output_position(make_expert):
@@ -59,7 +59,7 @@ def test_convolutions_count_every_output_position(make_expert):
     counter = ActivationCounter(experts)
     with counter.hook_modules([("down_blocks.0.resnets.0.conv1", conv)]):
         conv(image)
-    assert torch.equal(counter.statistics[CONV], count_one_by_one(experts, CONV, patches))
+    assert torch.equal(counter.counts[CONV], count_one_by_one(experts, CONV, patches))
 
 
 def test_it_works_in_inference_mode_and_half_precision(make_expert):
@@ -67,12 +67,12 @@ def test_it_works_in_inference_mode_and_half_precision(make_expert):
     with torch.inference_mode():
         counter.observe(LINEAR, torch.ones(3, 10, dtype=torch.bfloat16))
     counter.observe(LINEAR, torch.ones(2, 10, dtype=torch.float16, requires_grad=True))
-    assert counter.statistics[LINEAR].sum() == 5 * 12
-    assert not counter.statistics[LINEAR].is_inference()
+    assert counter.counts[LINEAR].sum() == 5 * 12
+    assert not counter.counts[LINEAR].is_inference()
 
 
 def test_layers_never_seen_are_zero(make_expert):
-    statistics = ActivationCounter([make_expert(1), make_expert(2)]).statistics
+    statistics = ActivationCounter([make_expert(1), make_expert(2)]).counts
     assert statistics[CONV].tolist() == [[0] * 6, [0] * 6]
 
 
@@ -84,7 +84,7 @@ def test_hooks_are_removed_also_after_an_error(make_expert):
         module(torch.ones(2, 10))
         raise RuntimeError("stop")
     module(torch.ones(2, 10))
-    assert counter.statistics[LINEAR].sum() == 2 * 12
+    assert counter.counts[LINEAR].sum() == 2 * 12
     assert not module._forward_pre_hooks
 
 
@@ -102,16 +102,16 @@ def test_a_model_of_other_width_is_refused(make_expert):
 def test_statistics_file_comes_back_for_experts_in_another_order(make_expert, tmp_path):
     experts = [make_expert(1), make_expert(2)]
     counts = {LINEAR: torch.arange(24).reshape(2, 12)}
-    save_statistics(tmp_path / "s.safetensors", counts, experts, {"dataset": "toy"})
-    assert torch.equal(load_statistics(tmp_path / "s.safetensors", experts)[LINEAR], counts[LINEAR])
-    swapped = load_statistics(tmp_path / "s.safetensors", experts[::-1])
+    save_activation_counts(tmp_path / "s.safetensors", counts, experts, {"dataset": "toy"})
+    assert torch.equal(load_activation_counts(tmp_path / "s.safetensors", experts)[LINEAR], counts[LINEAR])
+    swapped = load_activation_counts(tmp_path / "s.safetensors", experts[::-1])
     assert torch.equal(swapped[LINEAR], counts[LINEAR][[1, 0]])
 
 
 def test_statistics_of_other_experts_are_refused(make_expert, tmp_path):
-    save_statistics(tmp_path / "s.safetensors", {LINEAR: torch.zeros(1, 12).long()}, [make_expert(1)], {})
+    save_activation_counts(tmp_path / "s.safetensors", {LINEAR: torch.zeros(1, 12).long()}, [make_expert(1)], {})
     with pytest.raises(InputError, match=r"was calibrated for other experts \(expert_1\)"):
-        load_statistics(tmp_path / "s.safetensors", [make_expert(2)])
+        load_activation_counts(tmp_path / "s.safetensors", [make_expert(2)])
     save_file({"x": torch.zeros(1)}, tmp_path / "no.safetensors")
     with pytest.raises(InputError, match=r"no\.safetensors holds no activation statistics"):
-        load_statistics(tmp_path / "no.safetensors", [make_expert(1)])
+        load_activation_counts(tmp_path / "no.safetensors", [make_expert(1)])

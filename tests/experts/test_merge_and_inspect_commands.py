@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from safety_experts.commands import run
-from safety_experts.experts.co_merge import save_statistics
+from safety_experts.experts.co_merge import save_activation_counts
 from safety_experts.experts.expert_file import load_expert, save_expert
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -31,7 +31,7 @@ def test_merge_writes_the_weighted_sum(files, tmp_path, capsys):
 def test_merge_reads_a_statistics_file(files, tmp_path):
     statistics = tmp_path / "counts.safetensors"
     experts = [load_expert(path) for path in files]
-    save_statistics(statistics, {LINEAR: torch.tensor([[1] * 12, [2] * 12])}, experts, {})
+    save_activation_counts(statistics, {LINEAR: torch.tensor([[1] * 12, [2] * 12])}, experts, {})
     out = tmp_path / "co.safetensors"
     assert run(["merge", *files, "--method", "co-merge", "--statistics", str(statistics), "--out", str(out)]) == 0
     assert torch.equal(load_expert(out).layers[LINEAR].delta(), experts[1].layers[LINEAR].delta())

@@ -259,7 +259,7 @@ def test_co_merge_by_layer_takes_the_whole_layer(experts):
     counts[LINEAR][2] = 2
     counts[CROSS][1, 0] = 9
     counts[CONV][2] = 0
-    merged = merge_experts(experts, "co-merge", statistics=counts, parameters={"granularity": "layer"})
+    merged = merge_experts(experts, "co-merge", activation_counts=counts, parameters={"granularity": "layer"})
     for name, winner in ((LINEAR, 2), (CROSS, 1), (CONV, 0)):  # the last is a tie
         assert_close(merged_matrix(merged, name), dense_matrices([experts[winner]], name)[0])
         assert merged.layers[name].rank == experts[winner].layers[name].rank
@@ -337,11 +337,11 @@ def counts_for(experts):
     return counts
 
 
-def merge(experts, method, weights=None, statistics=None):
+def merge(experts, method, weights=None, activation_counts=None):
     """Two experts for slerp, all otherwise."""
     experts = experts[:2] if method == "slerp" else experts
     weights = [1.0] * len(experts) if weights is None else weights[: len(experts)]
-    return merge_experts(experts, method, weights=weights, statistics=statistics or counts_for(experts))
+    return merge_experts(experts, method, weights=weights, activation_counts=activation_counts or counts_for(experts))
 
 
 @pytest.mark.parametrize("method", all_methods())
@@ -387,7 +387,7 @@ def test_only_delta_matters_not_alpha_or_rank(experts, method):
             layers[name] = LoraLayer(down, up, layer.alpha / layer.rank / 4 * (layer.rank + 2))
         respelled.append(Expert(layers))
     counts = counts_for(experts)
-    before, after = merge(experts, method, statistics=counts), merge(respelled, method, statistics=counts)
+    before, after = merge(experts, method, activation_counts=counts), merge(respelled, method, activation_counts=counts)
     for name in before.layers:
         assert_close(merged_matrix(after, name), merged_matrix(before, name), 1e-4)
 
@@ -415,4 +415,4 @@ def test_registry_entries_are_complete(method):
 )
 def test_wrong_parameters_are_one_line(experts, method, parameters, message):
     with pytest.raises(InputError, match=message):
-        merge_experts(experts, method, parameters=parameters, statistics=counts_for(experts))
+        merge_experts(experts, method, parameters=parameters, activation_counts=counts_for(experts))

@@ -73,7 +73,7 @@ def test_row_co_merge_equals_the_dense_row_selection(make_expert, dense):
     experts = three_experts(make_expert)[:2]
     counts = random_counts(experts)
     weights = [1.0, 1.5]
-    merged = merge_experts(experts, "co-merge", weights=weights, statistics=counts)
+    merged = merge_experts(experts, "co-merge", weights=weights, activation_counts=counts)
     for name in (LINEAR, CONV):
         expected = torch.stack(
             [
@@ -90,7 +90,7 @@ def test_row_ties_go_to_the_earlier_expert_and_dead_rows_are_zero(make_expert):
     counts = torch.full((2, 12), 3)
     counts[1, 4] = 5
     counts[:, 7] = 0
-    delta = merge_experts(experts, "co-merge", statistics={LINEAR: counts}).layers[LINEAR].delta()
+    delta = merge_experts(experts, "co-merge", activation_counts={LINEAR: counts}).layers[LINEAR].delta()
     first, second = (expert.layers[LINEAR].delta() for expert in experts)
     assert torch.equal(delta[4], second[4])
     assert torch.equal(delta[7], torch.zeros(10))
@@ -99,7 +99,7 @@ def test_row_ties_go_to_the_earlier_expert_and_dead_rows_are_zero(make_expert):
 
 def test_an_expert_that_wins_no_row_takes_no_rank(make_expert):
     experts = [make_expert(1, rank=4, layers=(LINEAR,)), make_expert(2, rank=3, layers=(LINEAR,))]
-    merged = merge_experts(experts, "co-merge", statistics={LINEAR: torch.tensor([[0] * 12, [9] * 12])})
+    merged = merge_experts(experts, "co-merge", activation_counts={LINEAR: torch.tensor([[0] * 12, [9] * 12])})
     assert merged.layers[LINEAR].rank == 3
     assert [block.ranks for block in rank_blocks(merged)] == [{}, {LINEAR: 3}]
 
@@ -113,9 +113,9 @@ def test_strength_zero_equals_the_sum_without_the_expert(make_expert):
 def test_strength_zero_after_co_merge_clears_the_rows_the_expert_won(make_expert):
     experts = three_experts(make_expert)
     counts = random_counts(experts)
-    dialled = scale_categories(merge_experts(experts, "co-merge", statistics=counts), {"violence": 0.0})
+    dialled = scale_categories(merge_experts(experts, "co-merge", activation_counts=counts), {"violence": 0.0})
     delta = dialled.layers[LINEAR].delta()
-    full = merge_experts(experts, "co-merge", statistics=counts).layers[LINEAR].delta()
+    full = merge_experts(experts, "co-merge", activation_counts=counts).layers[LINEAR].delta()
     won = counts[LINEAR].argmax(dim=0) == 0
     assert won.any() and not won.all()
     assert torch.equal(delta[won], torch.zeros_like(delta[won]))
@@ -161,7 +161,7 @@ def test_experts_of_different_models_are_merged_with_a_warning(make_expert, capl
 
 def test_saved_merge_loads_with_its_blocks(make_expert, tmp_path):
     experts = three_experts(make_expert)
-    merged = merge_experts(experts, "co-merge", statistics=random_counts(experts))
+    merged = merge_experts(experts, "co-merge", activation_counts=random_counts(experts))
     save_expert(merged, tmp_path / "m.safetensors")
     loaded = load_expert(tmp_path / "m.safetensors")
     assert rank_blocks(loaded) == rank_blocks(merged)
@@ -190,9 +190,9 @@ def test_experts_of_different_shapes_are_named(make_expert):
         ({"method": "linear", "weights": [1.0, float("nan")]}, r"weights \[1.0, nan\] must be finite"),
         ({"method": "linear", "parameters": {"density": 1}}, "linear has no parameter 'density'"),
         ({"method": "co-merge"}, "co-merge needs activation statistics"),
-        ({"method": "co-merge", "statistics": {}}, "the statistics have no layer lora_unet"),
-        ({"method": "co-merge", "statistics": {LINEAR: torch.ones(3, 12)}}, r"are \[3, 12\], expected \[2, 12\]"),
-        ({"method": "co-merge", "statistics": {LINEAR: torch.zeros(2, 12)}}, "nothing is left of expert_1, expert_2"),
+        ({"method": "co-merge", "activation_counts": {}}, "the statistics have no layer lora_unet"),
+        ({"method": "co-merge", "activation_counts": {LINEAR: torch.ones(3, 12)}}, r"are \[3, 12\], expected \[2, 12\]"),
+        ({"method": "co-merge", "activation_counts": {LINEAR: torch.zeros(2, 12)}}, "nothing is left of expert_1, expert_2"),
     ],
 )
 def test_wrong_arguments_are_one_line(make_expert, arguments, message):

@@ -3,7 +3,7 @@ import torch
 from safety_experts.commands import run
 from safety_experts.errors import InputError
 from safety_experts.experts.blocks import scale_categories
-from safety_experts.experts.co_merge import save_statistics
+from safety_experts.experts.co_merge import save_activation_counts
 from safety_experts.experts.expert import LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.merging import METHODS, merge_experts
@@ -31,10 +31,10 @@ def files(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_reproduced_to_the_bit(parents, tmp_path, method):
     counts = {LINEAR: torch.randint(1, 99, (2, 12), generator=torch.Generator().manual_seed(0))}
-    merged = merge_experts(parents, method, weights=[1.0, 0.3], statistics=counts)
+    merged = merge_experts(parents, method, weights=[1.0, 0.3], activation_counts=counts)
     save_expert(merged, tmp_path / "merged.safetensors")
-    save_statistics(tmp_path / "counts.safetensors", counts, parents, {})
-    statistics = tmp_path / "counts.safetensors" if METHODS[method].needs_statistics else None
+    save_activation_counts(tmp_path / "counts.safetensors", counts, parents, {})
+    statistics = tmp_path / "counts.safetensors" if METHODS[method].needs_counts else None
     result = reproduce_merge(tmp_path / "merged.safetensors", files(tmp_path)[::-1], statistics)
     assert (result.is_identical, result.relative_error) == (True, 0.0)
 
@@ -75,9 +75,9 @@ def test_what_is_missing_is_named(parents, make_expert, tmp_path):
 
 def test_statistics_must_be_those_of_the_merge(parents, tmp_path):
     counts = {LINEAR: torch.tensor([[1] * 12, [2] * 12])}
-    save_expert(merge_experts(parents, "co-merge", statistics=counts), tmp_path / "merged.safetensors")
+    save_expert(merge_experts(parents, "co-merge", activation_counts=counts), tmp_path / "merged.safetensors")
     with pytest.raises(InputError, match="was merged by activation statistics; give the file with --statistics"):
         reproduce_merge(tmp_path / "merged.safetensors", files(tmp_path))
-    save_statistics(tmp_path / "other.safetensors", {LINEAR: counts[LINEAR] + 1}, parents, {})
+    save_activation_counts(tmp_path / "other.safetensors", {LINEAR: counts[LINEAR] + 1}, parents, {})
     with pytest.raises(InputError, match=r"other\.safetensors holds other counts"):
         reproduce_merge(tmp_path / "merged.safetensors", files(tmp_path), tmp_path / "other.safetensors")

@@ -71,7 +71,7 @@ def test_every_merge_gives_what_the_cpu_gives(method):
     experts = [Expert(layer, ExpertInfo(categories=[name]), name) for layer, name in zip(layers, "ab", strict=True)]
     counts = {"lora_unet_x": torch.randint(1, 99, (2, 32), generator=generator)}
     merged = [
-        merge_experts(experts, method, weights=[1.0, 0.5], statistics=counts, device=device)
+        merge_experts(experts, method, weights=[1.0, 0.5], activation_counts=counts, device=device)
         for device in ("cpu", "cuda")
     ]
     expected, found = (item.layers["lora_unet_x"].delta() for item in merged)

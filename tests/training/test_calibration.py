@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safety_experts.commands import run
 from safety_experts.errors import InputError
-from safety_experts.experts.co_merge import load_statistics
+from safety_experts.experts.co_merge import load_activation_counts
 from safety_experts.experts.expert import Expert, LoraLayer
 from safety_experts.experts.expert_file import load_expert, save_expert
 from safety_experts.experts.info import ExpertInfo
@@ -15,7 +15,7 @@ from safety_experts.models import checkpoint as models_checkpoint
 from safety_experts.models.denoiser import UNetDenoiser
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
-from safety_experts.training.calibration import collect_statistics, count_activations
+from safety_experts.training.calibration import collect_activation_counts, count_activations
 
 
 class Cache:
@@ -101,7 +101,7 @@ def test_counts_depend_on_the_seed_and_not_on_the_grouping(denoiser, experts):
 
 def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
     counts = count_activations(experts, denoiser, Cache(), make_pairs(4), seed=0, device="cpu")
-    merged = merge_experts(experts, "co-merge", statistics=counts)
+    merged = merge_experts(experts, "co-merge", activation_counts=counts)
     assert merged.layers.keys() == experts[0].layers.keys()
     assert not any(module._forward_pre_hooks for module in denoiser.model.modules())
 
@@ -109,7 +109,7 @@ def test_statistics_serve_a_co_merge_and_leave_no_hooks(denoiser, experts):
 def test_a_dataset_without_pairs_is_named(experts, tmp_path):
     empty = PreferenceDataset.create(tmp_path / "empty", DatasetInfo({}, {}, "toy", ""))
     with pytest.raises(InputError, match="empty"):
-        collect_statistics(experts, SmallCheckpoint(None), empty, device="cpu")
+        collect_activation_counts(experts, SmallCheckpoint(None), empty, device="cpu")
 
 
 class SmallCheckpoint:
@@ -155,7 +155,7 @@ def test_merge_command_calibrates_on_a_dataset_and_keeps_the_counts(denoiser, ex
     options = ["--calibration", str(tmp_path / "pairs"), "--model", "small.safetensors", "--num-prompts", "2"]
     assert run([*command, *options, "--out", str(out)]) == 0, capsys.readouterr().err
 
-    for name, values in load_statistics(counts, experts).items():
+    for name, values in load_activation_counts(counts, experts).items():
         assert values.sum(dim=0).eq(2 * (16 if "attn1" in name else 5)).all()
     assert run(["reproduce", str(out), "--statistics", str(counts)]) == 0
     assert run([*command, "--out", str(again)]) == 0
