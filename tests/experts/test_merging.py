@@ -191,8 +191,14 @@ def test_experts_of_different_shapes_are_named(make_expert):
         ({"method": "linear", "parameters": {"density": 1}}, "linear has no parameter 'density'"),
         ({"method": "co-merge"}, "co-merge needs activation statistics"),
         ({"method": "co-merge", "activation_counts": {}}, "the statistics have no layer lora_unet"),
-        ({"method": "co-merge", "activation_counts": {LINEAR: torch.ones(3, 12)}}, r"are \[3, 12\], expected \[2, 12\]"),
-        ({"method": "co-merge", "activation_counts": {LINEAR: torch.zeros(2, 12)}}, "nothing is left of expert_1, expert_2"),
+        (
+            {"method": "co-merge", "activation_counts": {LINEAR: torch.ones(3, 12)}},
+            r"are \[3, 12\], expected \[2, 12\]",
+        ),
+        (
+            {"method": "co-merge", "activation_counts": {LINEAR: torch.zeros(2, 12)}},
+            "nothing is left of expert_1, expert_2",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(make_expert, arguments, message):
