@@ -30,6 +30,7 @@ COMMANDS = (
     "extract",
     "inspect",
     "reproduce",
+    "residual",
     "evaluate",
     "attack",
     "demo",

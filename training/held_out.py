@@ -118,8 +118,8 @@ class HeldOut:
         ]
         timesteps = self._spread(places, self.num_batches * size)
         of_groups = self._spread([place // len(names) for place in places], self.num_batches * size // len(names) + 1)
-        changes = {"timesteps": timesteps, "rejected_timesteps": timesteps, "anchor_timesteps": of_groups}
-        return replace(batch, anchor_prompts=prompts, **changes), owners
+        spread = replace(batch, timesteps=timesteps, rejected_timesteps=timesteps, anchor_timesteps=of_groups)
+        return replace(spread, anchor_prompts=prompts), owners
 
     def _spread(self, places: Sequence[int], count: int) -> Tensor:
         """Return timesteps [b]: that of each place of `count` places over the recipe's range, in a random order."""

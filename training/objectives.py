@@ -102,6 +102,12 @@ class BoundedParameters(Parameters):
 
 class SafeDpoParameters(Parameters):
     safety_margin: float = Field(1.0, ge=0, description="Margin Delta asked of safe over unsafe pairs, in units of u.")
+    margin_share: float = Field(
+        0.0,
+        ge=0,
+        description="Delta as this part, say 0.5, of the u that is reached when the chosen error has fallen by the "
+        "whole gap to the rejected one, instead of safety_margin; 0: off.",
+    )
 
 
 class ScDpoParameters(Parameters):
@@ -172,15 +178,22 @@ def safe_dpo(predictions: PairPredictions, beta: float, parameters: SafeDpoParam
 
         loss = -log sigmoid(u - (h_rejected - h_chosen) Delta)      h = 1 where unsafe, after the swap
 
+    With `margin_share` Delta = share (beta/2) gap, gap = mean of the reference's chosen minus rejected errors over the
+    kept pairs of the batch: a Delta of 1 is 6 % of that on the toy world, so it is no margin there.
+
     Dropped pairs have loss 0 and the others count for them: the mean over the batch is that over kept pairs, since the
     paper drops from the data. Source: arXiv 2505.20065; the mapping to diffusion (Delta in units of u) is ours.
     """
     swap = predictions.chosen_unsafe & ~predictions.rejected_unsafe
     dropped = predictions.chosen_unsafe & predictions.rejected_unsafe
     is_safe_over_unsafe = predictions.chosen_unsafe ^ predictions.rejected_unsafe
-    u = predictions.errors().where_swapped(swap).logit(beta)
+    errors = predictions.errors().where_swapped(swap)
     num_kept = (~dropped).sum().clamp(min=1)
-    losses = -functional.logsigmoid(u - is_safe_over_unsafe * parameters.safety_margin) * ~dropped
+    margin: Tensor | float = parameters.safety_margin
+    if parameters.margin_share:
+        gap = ((errors.reference_chosen - errors.reference_rejected) * ~dropped).sum() / num_kept
+        margin = parameters.margin_share * beta / 2 * gap.detach().clamp(min=0)
+    losses = -functional.logsigmoid(errors.logit(beta) - is_safe_over_unsafe * margin) * ~dropped
     return losses * (len(losses) / num_kept)
 
 
@@ -285,7 +298,7 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2505.20065",
         "-log s(u - Delta), pairs swapped or dropped by their unsafe flags",
         safe_dpo,
-        lambda parameters: math.log1p(math.exp(parameters.safety_margin)),
+        lambda parameters: None if parameters.margin_share else math.log1p(math.exp(parameters.safety_margin)),
         SafeDpoParameters,
     ),
     "sc-dpo": Objective(

@@ -48,8 +48,19 @@ class Predictions:
     @property
     def pairs(self) -> PairPredictions:
         """What an objective looks at."""
-        sides = (side for rows in (self.policy, self.reference, self.target) for side in rows.chunk(2))
-        return PairPredictions(*sides, self.chosen_unsafe, self.rejected_unsafe)
+        policy_chosen, policy_rejected = self.policy.chunk(2)
+        reference_chosen, reference_rejected = self.reference.chunk(2)
+        target_chosen, target_rejected = self.target.chunk(2)
+        return PairPredictions(
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
+            target_chosen,
+            target_rejected,
+            self.chosen_unsafe,
+            self.rejected_unsafe,
+        )
 
 
 @dataclass(frozen=True)

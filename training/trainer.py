@@ -23,6 +23,7 @@ from ..files import only_writer, remove_leftovers
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
+from .cautions import cautions
 from .events import StepRecord, TrainingEvents
 from .held_out import HeldOut, split_pairs
 from .identity import describe_training, identity_of
@@ -180,6 +181,8 @@ def _prepare(
     policy = (policy_loader or load_policy)(checkpoint, recipe, with_experts, target, dtype)
     trained_on, set_aside = split_pairs(pairs, recipe)
     with_target = recipe.model_copy(update={"guidance": _guidance(recipe, dataset)})
+    for caution in cautions(with_target, with_target.guidance):
+        logger.warning("%s", caution)
     held_out = HeldOut(set_aside, cache, with_target, target, retained) if set_aside else None
     bank = open_bank(cache, recipe, with_experts, dtype, processes)
     plan = BatchPlan(trained_on, cache, with_target, retained)

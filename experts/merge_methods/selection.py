@@ -38,12 +38,36 @@ def merge_by_weight(task: LayerTask) -> MergedLayer:
     if task.parameters["granularity"] == "weight":
         deltas = torch.stack([part.delta() for part in task.parts])
         return finish_dense(task, deltas.gather(0, first_largest(deltas.abs())[None])[0])
+    return _select(task, _row_norms(task))
+
+
+def merge_patches(task: LayerTask) -> MergedLayer:
+    """Keep the rows that are among the largest of exactly one expert; rows that several want go from all of them."""
+    if task.num_experts == 1:
+        return merge_linear(task)
+    own = only_in_one(_row_norms(task), task.parameters["share"])
+    chosen = [part for part in task.parts if bool(own[part.index].any())]
+    if not chosen:
+        return MergedLayer(None, kept=())
+    return concatenate(task, chosen, [own[part.index].float() for part in chosen])
+
+
+def only_in_one(strength: Tensor, share: float) -> Tensor:
+    """Return [K, out] bool: rows in the top share of strength [K, out] of this expert, and of no other one."""
+    num_top = max(1, round(share * strength.shape[1]))
+    places = strength.argsort(dim=1, descending=True, stable=True)[:, :num_top]
+    is_top = torch.zeros_like(strength, dtype=torch.bool).scatter(1, places, True) & (strength > 0)
+    return is_top & (is_top.sum(dim=0) == 1)
+
+
+def _row_norms(task: LayerTask) -> Tensor:
+    """Return the norms of the rows of weight · ΔW [K, out], zeros for experts without the layer."""
     norms = torch.zeros(task.num_experts, task.parts[0].layer.up.shape[0], device=task.parts[0].layer.up.device)
     for part in task.parts:
         up, down = part.factors()
         triangle = torch.linalg.qr(down.T).R  # down = triangle.T @ orthonormal rows
         norms[part.index] = (up @ triangle.T).norm(dim=1)
-    return _select(task, norms)
+    return norms
 
 
 def row_winners(strength: Tensor) -> Tensor:
@@ -108,6 +132,17 @@ METHODS = (
                 choices=("row", "layer", "factor", "weight"),
             ),
             *TRUNCATION,
+        ),
+    ),
+    MergeMethod(
+        name="patch",
+        title="Patches of single experts (SafePatching)",
+        paper_url="https://arxiv.org/abs/2405.13820",
+        summary="Keeps the output rows that are among the largest of exactly one expert; rows that several want are "
+        "dropped from all. By row norms, without data: our reading of the paper's set differences; not measured.",
+        merge_layer=merge_patches,
+        parameters=(
+            Parameter("share", 0.5, "Part of the rows that counts as an expert's own.", minimum=0.001, maximum=1.0),
         ),
     ),
 )

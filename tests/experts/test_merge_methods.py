@@ -7,6 +7,7 @@ import pytest
 import torch
 from safety_experts.errors import InputError
 from safety_experts.experts.expert import Expert, LoraLayer
+from safety_experts.experts.merge_methods.selection import only_in_one
 from safety_experts.experts.merge_methods.sparsification import della_probabilities
 from safety_experts.experts.merging import METHODS, merge_experts
 from safety_experts.experts.truncation import randomized_svd
@@ -416,3 +417,23 @@ def test_registry_entries_are_complete(method):
 def test_wrong_parameters_are_one_line(experts, method, parameters, message):
     with pytest.raises(InputError, match=message):
         merge_experts(experts, method, parameters=parameters, activation_counts=counts_for(experts))
+
+
+def test_patches_keep_the_rows_that_one_expert_alone_wants():
+    strength = torch.tensor([[1.0, 0.7, 0.2, 0.1], [0.9, 0.1, 0.8, 0.05]])
+    assert only_in_one(strength, 0.5).tolist() == [[False, True, False, False], [False, False, True, False]]
+    assert not only_in_one(strength, 1.0).any()  # all rows are wanted by both
+    assert not only_in_one(torch.zeros(2, 4), 0.5).any()
+
+
+def test_a_patch_merge_is_its_rows_exactly(experts):
+    merged = merge_experts(experts, "patch", parameters={"share": 0.4})
+    for name in merged.layers:
+        matrices = dense_matrices(experts, name)
+        tops = [set(np.argsort(-np.linalg.norm(m, axis=1))[: round(0.4 * len(m))]) for m in matrices]
+        expected = np.zeros(matrices[0].shape)
+        for index, (matrix, top) in enumerate(zip(matrices, tops, strict=True)):
+            alone = sorted(top - set().union(*(other for j, other in enumerate(tops) if j != index)))
+            expected[alone] = matrix[alone]
+        assert expected.any()
+        assert_close(merged_matrix(merged, name), expected)

@@ -59,3 +59,13 @@ def test_a_run_follows_the_target_and_its_resumption_too(make_run, tmp_path):
     save_state(first, tmp_path / "a.resume", {})
     restore_state(second, tmp_path / "a.resume", {})
     assert second.take_step(lambda: False) == helped.records[7]
+
+
+def test_margins_that_are_noise_give_way_to_the_contrast():
+    recipe = Recipe(beta=20000.0, target_gradient_factor=0.2, leak_budget=0.1, held_out_fraction=0.1)
+    noise = [{"error_margin": 0.01, "rewards/margins": sign, "beta": 100.0} for sign in (1.0, -1.0, 1.0, -1.0)]
+    measured = [{**noise[0], "eval/contrast": 0.1}, *noise[1:]]
+    assert beta_at(recipe, measured) == pytest.approx(2 * math.log(4) / 0.1)
+    assert beta_at(recipe, noise) == pytest.approx(2 * math.log(4) / 0.01)  # no contrast is known
+    shown = [{**record, "rewards/margins": 1.0 + 0.01 * n} for n, record in enumerate(measured)]
+    assert beta_at(recipe, shown) == pytest.approx(2 * math.log(4) / 0.01)

@@ -242,3 +242,14 @@ def test_recipes_offer_every_objective_and_every_number_it_takes(name):
     assert chosen == OBJECTIVES[name].parameters() and chosen.weight == 1
     assert name in Recipe.model_fields["objective"].description
     assert OBJECTIVES[name].title and OBJECTIVES[name].source and OBJECTIVES[name].formula
+
+
+def test_the_margin_of_safe_dpo_may_be_a_share_of_the_gap():
+    """Toy errors: chosen 0.0589, rejected 0.0238; at beta 1000 the whole gap is worth u = 17.55."""
+    case = (0.0589, 0.0238, 0.0589, 0.0238)
+    assert loss_of("safe-dpo", *case, beta=1000.0, margin_share=0.5) == pytest.approx(
+        loss_of("safe-dpo", *case, beta=1000.0, safety_margin=0.5 * 17.55), rel=1e-4
+    )
+    reverse = (0.0238, 0.0589, 0.0238, 0.0589)  # no gap to close: no margin
+    assert loss_of("safe-dpo", *reverse, beta=1000.0, margin_share=0.5) == pytest.approx(math.log(2))
+    assert OBJECTIVES["safe-dpo"].untrained_loss(OBJECTIVES["safe-dpo"].parameters(margin_share=0.5)) is None

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safety_experts.errors import InputError, SafetyExpertsError
 from safety_experts.training.batches import BatchPlan
-from safety_experts.training.recipe import Recipe, make_recipe
+from safety_experts.training.cautions import cautions
+from safety_experts.training.recipe import Recipe, load_recipe, make_recipe
 from safety_experts.training.redirect import (
     LEAK,
     LEAK_WEIGHT,
@@ -288,3 +289,22 @@ def test_weights_beyond_the_budget_are_no_expert(small, tmp_path):
     with pytest.raises(SafetyExpertsError, match=r"no expert was saved: the leak blocks"):
         small.train(out, *of_auto("leak_budget=1e-12", "learning_rate=0.05"))
     assert not out.exists()
+
+
+# --- cautions ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "guidance", "said"),
+    [
+        ("duo", (), 7.5, "trains the empty prompt only"),
+        ("duo", (), 1.0, None),
+        ("alignguard", ("target_gradient_factor=0.2",), 7.5, "a smaller beta alone does more damage"),
+        ("sd15", ("target_gradient_factor=0.2",), 7.5, None),
+        ("redirect", (), 7.5, None),
+        ("redirect", ("retain_fraction=0",), 7.5, "retain_fraction is 0"),
+    ],
+)
+def test_what_is_known_to_go_wrong_is_said(recipe, overrides, guidance, said):
+    found = cautions(load_recipe(recipe, overrides), guidance)
+    assert len(found) == bool(said) and (not said or said in found[0])
