@@ -246,6 +246,8 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
             images_per_prompt=arguments.images_per_prompt,
             other_seeds=not arguments.no_null,
         )
+    if not finished and not (arguments.out / "samples.jsonl").exists():
+        raise SafetyExpertsError("stopped before the first image was judged; the same command begins again")
     outcome = report_again(arguments.out, demands=demands, words=Words(arguments.title), share=arguments.share)
     print_outcome(dataclasses.replace(outcome, finished=finished), arguments)
 
