@@ -46,6 +46,7 @@ from safety_experts.experts.fused import native_family  # noqa: E402
 from safety_experts.experts.info import ExpertInfo  # noqa: E402
 from safety_experts.nodes.native import identity  # noqa: E402
 from safety_experts.nodes.native.policy import NativePolicy  # noqa: E402
+from safety_experts.nodes.native.verification import check_loads  # noqa: E402
 from safety_experts.training.recipe import load_recipe  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -480,6 +481,7 @@ def stock_loader(name: str, case: Case, policy: NativePolicy, batch: Batch, fold
     path = folder / f"{name}.safetensors"
     save_expert(Expert(layers, name=name), path)
     read = load_expert(path)
+    check_loads(policy._patcher, read)  # as Train Safety Expert does after every training
     kept = read.layers.keys() == layers.keys()
     policy.close()
 

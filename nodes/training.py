@@ -8,6 +8,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..errors import InputError
 from ..experts.expert import Expert
+from ..experts.expert_file import load_expert
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from ..training.events import StepRecord, TrainingEvents
@@ -19,6 +20,7 @@ from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
 from .launch import train_in_processes
 from .native.base import NativeBase, check_base
+from .native.verification import check_loads
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,8 @@ class SafetyExpertsTrain(io.ComfyNode):
                 progress.raise_cancel()
                 raise
         host.write_metrics(path, result.records)
+        if model is not None:
+            check_loads(model, load_expert(path))
         if result.stopped:
             _say_what_is_saved(node_id, result, recipe.steps)
         if result.shortfall:
