@@ -71,7 +71,7 @@ def measure_residuals(
         InputError: the dataset has no pairs, a LoRA is of another model, or its prompts are one to the base model.
     """
     target = choose_device(device)
-    recipe = Recipe(batch_size=4, caption_dropout_fraction=0.0, seed=seed)
+    recipe = Recipe.model_validate({"batch_size": 4, "caption_dropout_fraction": 0.0, "seed": seed})
     dtype = compute_dtype(target, recipe.precision)
     pairs = dataset.training_pairs(category)
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)

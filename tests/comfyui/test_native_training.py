@@ -104,6 +104,25 @@ def test_separate_files_train_what_the_checkpoint_trains(server, checkpoint, par
     server.check_log()
 
 
+REDIRECT = (
+    "redirect=true\nobjective={}\nanchor_weight=0\nsft_weight=0\nleak_budget=1000\nheld_out_fraction=0.5\n"
+    "evaluate_steps=1\nlearning_rate=0.001"
+)
+
+
+def test_redirect_on_a_model_is_redirect_on_its_checkpoint(server, checkpoint, parts, dataset):
+    losses, metrics = [], []
+    for name, base in (("redirect_native", None), ("redirect_checkpoint", {"checkpoint": checkpoint})):
+        graph = Graph()
+        where = base or add_parts(graph, parts)
+        losses.append(losses_of(server, graph, train(graph, dataset, name, 6, overrides=REDIRECT, **where)))
+        metrics.append(load_expert(expert_path(server, name)).info.trained.metrics)
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    residuals = [values["eval/residual"] for values in metrics]
+    assert residuals[0] == pytest.approx(residuals[1], rel=1e-2) and residuals[0] < 1
+
+
 def test_the_stock_loader_gives_the_model_that_was_trained(server, parts, dataset):
     graph = Graph()
     loaders = add_parts(graph, parts)
