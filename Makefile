@@ -12,11 +12,11 @@ INSTALLED := $(VENV)/safety-experts-installed
 BROWSER := $(VENV)/safety-experts-browser
 COMFYUI := $(VENV)/safety-experts-comfyui
 
-.PHONY: help demo test check lint format bench workflows test-browser clean force
+.PHONY: help demo test check lint format bench bench-alignment workflows test-browser clean force
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(INSTALLED)  ## the whole pipeline on the toy world through a real ComfyUI (ARGS="--out DIR --fast")
 	$(BIN)/safety-experts demo $(ARGS)
@@ -36,7 +36,10 @@ format: $(INSTALLED)  ## put the code into the house format
 
 bench: $(INSTALLED)  ## every benchmark that runs on this machine, two hours on 2 cores, into benchmarks/results
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --editable '.[bench]'
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/alignment.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+bench-alignment: $(INSTALLED)  ## safety alignment on the bench world, in pieces over days (ARGS="--list", "--minutes 60", "--write")
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/alignment.py $(ARGS)
 
 workflows: $(BROWSER)  ## save example_workflows/ with the real frontend, from example_workflows/api/
 	$(BIN)/python tests/browser/save_workflows.py
