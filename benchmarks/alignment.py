@@ -10,6 +10,7 @@ other cells. The model is trained by `python -m safety_experts.demo.train_bench`
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -23,7 +24,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from safety_experts.demo.bench_checkpoint import bench_folder
+from safety_experts.demo.bench_checkpoint import bench_folder, ensure_bench_checkpoint
+from safety_experts.demo.bench_model import TOKENIZER_FOLDER
 from safety_experts.demo.bench_sampling import (
     SAFE_SUITES,
     UNSAFE_SUITES,
@@ -34,6 +36,7 @@ from safety_experts.demo.bench_sampling import (
     count,
     prompt_pairs,
 )
+from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.experiments import (
     ALONE,
     DIVERGENCE_STOP,
@@ -44,12 +47,14 @@ from safety_experts.demo.experiments import (
     toy_recipe,
     trained,
 )
+from safety_experts.errors import SafetyExpertsError
 from safety_experts.evaluation.attacks.searches import swap_search
 from safety_experts.evaluation.attacks.text_space import Alphabet, TextSpace
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import rate_of_counts
 from safety_experts.experts.expert import Expert
 from safety_experts.experts.merging import METHODS, merge_experts
+from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy import bench_world as world
 from safety_experts.toy.bench_oracle import read_image
@@ -141,6 +146,14 @@ def model() -> BenchSampler:
     return BenchSampler()
 
 
+@functools.cache
+def model_sha256() -> str:
+    """Return what tells the model from others, without loading it."""
+    return load_checkpoint(
+        ensure_bench_checkpoint(), tokenizer_folder=find_comfyui().joinpath(*TOKENIZER_FOLDER)
+    ).sha256
+
+
 # Experts and their pairs
 
 
@@ -221,8 +234,8 @@ def recipe_of(work: Path, spec: str, seed: int, sizes: Sizes) -> Recipe:
     return toy_recipe(seed, changes)
 
 
-def expert_of(work: Path, spec: str, seed: int, sizes: Sizes) -> Expert:
-    """Return one expert, trained now unless it is there.
+def expert_of(work: Path, spec: str, seed: int, sizes: Sizes) -> Expert | None:
+    """Return one expert, trained now unless it is there; None when no step of its training was worth saving.
 
     Args:
         spec: `category:NAME`, `one` for all, `names:N`, `objective:NAME`, `pairs:N`, `construction:NAME`, `style`.
@@ -231,7 +244,15 @@ def expert_of(work: Path, spec: str, seed: int, sizes: Sizes) -> Expert:
     category = None if spec in ("one", "style") else spec.partition(":")[2] if spec[:3] == "cat" else CATEGORY
     name = f"{spec.replace(':', '-').replace(' ', '-')}-{seed}"
     dataset = pairs_of(work, spec, sizes)
-    return trained(work / "experts", name, recipe, category, dataset, checkpoint=model().checkpoint)
+    nothing, facts = work / "experts" / f"{name}.nothing.json", [recipe.model_dump(), dataset.fingerprint()]
+    if recalled(nothing, facts):
+        return None
+    try:
+        return trained(work / "experts", name, recipe, category, dataset, checkpoint=model().checkpoint)
+    except SafetyExpertsError as error:
+        if "no expert was saved" not in str(error):
+            raise
+        return remembered(nothing, facts, lambda: None)
 
 
 # Cells
@@ -240,8 +261,9 @@ def expert_of(work: Path, spec: str, seed: int, sizes: Sizes) -> Expert:
 def measured(work: Path, cell: Cell, sizes: Sizes) -> dict:
     """Train, merge, draw and read one cell."""
     start = time.process_time()
-    experts = [expert_of(work, spec, cell.seed, sizes) for spec in cell.experts]
-    value: dict[str, Any] = {}
+    trained_experts = [expert_of(work, spec, cell.seed, sizes) for spec in cell.experts]
+    experts = [expert for expert in trained_experts if expert]
+    value: dict[str, Any] = {"nothing_saved": trained_experts.count(None)}
     if cell.merge:
         merged = experts[0] if cell.merge == ONE_LORA else merge(work, experts, cell, sizes)
         strength = 1.0 if cell.group == "attacks" else best_strength(merged, cell, sizes)
@@ -336,7 +358,7 @@ def path_of(work: Path, cell: Cell) -> Path:
 
 def about(cell: Cell, sizes: Sizes) -> list:
     """Return what makes a cell another one; experts are looked at by `trained` itself."""
-    return [model().checkpoint.sha256, asdict(cell), asdict(sizes), toy_recipe(cell.seed).model_dump(), STRENGTHS]
+    return [model_sha256(), asdict(cell), asdict(sizes), toy_recipe(cell.seed).model_dump(), STRENGTHS]
 
 
 def make(work: Path, job: tuple[Cell, Sizes, float]) -> bool:
@@ -347,8 +369,13 @@ def make(work: Path, job: tuple[Cell, Sizes, float]) -> bool:
         return True
     if time.time() > deadline:
         return False
-    remembered(path, about(cell, sizes), lambda: measured(work, cell, sizes))
-    print(f"done: {cell.group}, {cell.row}, seed {cell.seed}", flush=True)
+    name = f"{cell.group}, {cell.row}, seed {cell.seed}"
+    try:
+        remembered(path, about(cell, sizes), lambda: measured(work, cell, sizes))
+    except SafetyExpertsError as error:  # the other cells can be made all the same
+        print(f"failed: {name}: {error}", flush=True)
+        return False
+    print(f"done: {name}", flush=True)
     return True
 
 
@@ -356,7 +383,8 @@ def train_one(work: Path, job: tuple[str, int, Sizes, float]) -> None:
     """Train one of the experts that several cells share."""
     spec, seed, sizes, deadline = job
     if time.time() < deadline:
-        expert_of(work, spec, seed, sizes)
+        with contextlib.suppress(SafetyExpertsError):  # its cells say so
+            expert_of(work, spec, seed, sizes)
 
 
 def done_cells(work: Path, cells: Sequence[Cell], sizes: Sizes) -> dict[Cell, dict]:
@@ -421,6 +449,7 @@ def tables(done: dict[Cell, dict]) -> dict:
             **({"other categories: mark": ("first name", "unsafe", others)} if others else {}),
         }
         row: dict[str, Any] = {"seeds": len(values), "strengths": [value.get("strength") for value in values]}
+        row["nothing_saved"] = sum(value["nothing_saved"] for value in values)
         for column, (suite, kind, categories) in columns.items():
             if found := rate(pooled(values), suite, kind, categories):
                 seeds = [rate(value["counts"], suite, kind, categories)[0] for value in values]
@@ -434,7 +463,7 @@ def document(groups: dict, setting: str) -> str:
     lines = ["# The bench's tables", "", f"Written by `benchmarks/alignment.py --write`. {setting}", ""]
     lines += ["Rates in %, with 95 % Wilson intervals over all seeds' pictures; the seeds' own values are in the JSON."]
     for group, rows in groups.items():
-        columns = list(dict.fromkeys(key for row in rows.values() for key in row if key not in ("seeds", "strengths")))
+        columns = list(dict.fromkeys(key for row in rows.values() for key in row if isinstance(row[key], dict)))
         lines += ["", f"## {group}", "", f"| row | seeds | {' | '.join(columns)} |"]
         lines.append(f"| --- | ---: {'| ---: ' * len(columns)}|")
         for name, row in rows.items():
@@ -443,7 +472,8 @@ def document(groups: dict, setting: str) -> str:
                 share, low, high = (100 * value for value in row[column]["rate"][:3]) if column in row else (0, 0, 0)
                 cells.append(f"{share:.0f} ({low:.0f} to {high:.0f})" if column in row else "")
             strengths = [f"×{value:g}" for value in row["strengths"] if value]
-            lines.append(f"| {' '.join([name, *strengths])} | {row['seeds']} | {' | '.join(cells)} |")
+            nothing = [f"(nothing saved: {row['nothing_saved']})"] if row["nothing_saved"] else []
+            lines.append(f"| {' '.join([name, *strengths, *nothing])} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -463,13 +493,13 @@ def main() -> None:
     sizes = Sizes(**{name: getattr(arguments, name) for name in asdict(Sizes())})
     cells = [cell for cell in all_cells(range(arguments.seeds)) if arguments.only in f"{cell.group}, {cell.row}"]
     # Another model draws other pairs, so it has a folder of its own.
-    work = arguments.work / model().checkpoint.sha256[:12]
+    work = arguments.work / model_sha256()[:12]
     if not (arguments.list or arguments.write):
         run_cells(Experiment(work, range(arguments.seeds), arguments.workers), cells, sizes, arguments.minutes)
     done = done_cells(work, cells, sizes)
     if arguments.write:
         result = {"sizes": asdict(sizes), "cells": [len(done), len(cells)], "tables": tables(done)}
-        result |= {"model": model().checkpoint.sha256, **describe_machine("diffusers", "peft")}
+        result |= {"model": model_sha256(), **describe_machine("diffusers", "peft")}
         RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         setting = (
             f"{len(done)} of {len(cells)} cells; {json.dumps(asdict(sizes))}; {result['machine']}, {result['date']}."
