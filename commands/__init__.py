@@ -31,6 +31,7 @@ COMMANDS = (
     "inspect",
     "reproduce",
     "residual",
+    "prefill",
     "evaluate",
     "attack",
     "demo",

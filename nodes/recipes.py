@@ -55,9 +55,10 @@ class SafetyExpertsRecipe(io.ComfyNode):
         )
 
     # The recipe is not named, so that ComfyUI checks it: a name that is not in the list would be read as a path.
+    # Options are tried on a recipe of no terms of its own, with which nothing can be at odds.
     @classmethod
     def validate_inputs(cls, overrides: str | None = None) -> bool | str:
-        return checks.first_problem((lambda text: load_recipe("sd15", _lines(text)), overrides))
+        return checks.first_problem((lambda text: load_recipe("alignguard", _lines(text)), overrides))
 
     @classmethod
     def execute(cls, recipe: str, overrides: str, **options: Any) -> io.NodeOutput:
