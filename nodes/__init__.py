@@ -11,6 +11,7 @@ from .exchange import SafetyExpertsImportDataset, SafetyExpertsSplitDataset
 from .experts import SafetyExpertsLoad, SafetyExpertsMerge, SafetyExpertsSave
 from .generating import SafetyExpertsGeneratePairs
 from .judging import SafetyExpertsJudge, SafetyExpertsJudgeDataset
+from .pair_guard import SafetyExpertsPairGuard
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
 from .protection import SafetyExpertsProtect
 from .recipes import SafetyExpertsRecipe
@@ -45,6 +46,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsProtect,
             SafetyExpertsConceptGate,
             SafetyExpertsApply,
+            SafetyExpertsPairGuard,
             SafetyExpertsSave,
             SafetyExpertsEvaluate,
             SafetyExpertsCompare,

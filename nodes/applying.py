@@ -10,6 +10,7 @@ from ..experts.concept_gate import ConceptGate
 from ..experts.expert import Expert
 from ..preferences.categories import CATEGORIES
 from . import gating, sockets
+from .applied import AppliedExpert, note_applied
 
 OTHER = "other"
 
@@ -90,11 +91,13 @@ class SafetyExpertsApply(io.ComfyNode):
         patches = comfy.lora.load_lora(scaled.state_dict(), keys)
         patched_clip = clip.clone()
         patched_clip.add_patches(patches)
-        if gate is None and (start_percent, end_percent) == (0.0, 1.0):
+        is_in_weights = gate is None and (start_percent, end_percent) == (0.0, 1.0)
+        if is_in_weights:
             patched_model = model.clone()
             patched_model.add_patches(patches)
         else:
             patched_model = gating.add_gated_layers(model, keys, scaled, start_percent, end_percent, gate)
+        note_applied(patched_model, AppliedExpert(scaled, keys, is_in_weights))
         return io.NodeOutput(patched_model, patched_clip)
 
 

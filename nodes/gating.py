@@ -20,7 +20,13 @@ from ..experts.blocks import RankBlock, rank_blocks
 from ..experts.concept_gate import ConceptGate
 from ..experts.expert import Expert, LoraLayer
 
+GUARD_ROWS = "safety_experts_guard_rows"  # in the transformer options of a forward pass that a guard asked for
 _numbers = itertools.count()
+
+
+def transformer_options_of(arguments: Sequence, options: Mapping) -> dict:
+    """Return the transformer options of what follows the conditioning in a call of ComfyUI's `apply_model`."""
+    return options.get("transformer_options") or (arguments[1] if len(arguments) > 1 else None) or {}
 
 
 class BatchGate:
@@ -49,6 +55,8 @@ class BatchGate:
 
     def __call__(self, executor, x: Tensor, sigma: Tensor, c_concat=None, c_crossattn=None, *arguments, **options):
         self.is_open = self.last_sigma <= float(sigma.max()) <= self.first_sigma
+        if GUARD_ROWS in transformer_options_of(arguments, options):
+            self.is_open = False  # a guard asks what the model draws without experts
         self.rows = None
         if self.is_open and self._concepts:
             rows = self._open_blocks(c_crossattn).cpu()

@@ -1,0 +1,1 @@
+"""Guards at inference: what acts beside experts while a model draws. Knows no ComfyUI."""
