@@ -23,6 +23,7 @@ COMMANDS = (
     "dataset",
     "review",
     "judge-train",
+    "verifier",
     "train",
     "merge",
     "protect",

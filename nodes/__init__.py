@@ -17,6 +17,7 @@ from .protection import SafetyExpertsProtect
 from .recipes import SafetyExpertsRecipe
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
 from .training import SafetyExpertsTrain
+from .verifying import SafetyExpertsTrainVerifier, SafetyExpertsVerifyImages
 from .writing import SafetyExpertsWritePairs
 
 
@@ -47,6 +48,8 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsConceptGate,
             SafetyExpertsApply,
             SafetyExpertsPairGuard,
+            SafetyExpertsTrainVerifier,
+            SafetyExpertsVerifyImages,
             SafetyExpertsSave,
             SafetyExpertsEvaluate,
             SafetyExpertsCompare,

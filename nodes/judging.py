@@ -15,6 +15,7 @@ from ..evaluation.judges import JUDGES, JudgeChoice, choose_judge
 from ..evaluation.judges.clip_concepts import ClipConcepts, check_towers
 from ..evaluation.judges.q16 import Q16
 from ..evaluation.judges.q16_vectors import read_vectors
+from ..evaluation.judges.verifier import load_verifier_judge
 from ..evaluation.judging import JudgingStoppedError, judge_dataset
 from ..plain_yaml import load_yaml
 from . import host, sockets
@@ -24,7 +25,14 @@ MAX_JUDGES = 8
 # A workflow comes from anybody: these are for the machine's owner to decide, not for the workflow.
 _NOT_IN_A_WORKFLOW = {"allow_remote", "cache"}
 ALLOW_REMOTE_VARIABLE = "SAFETY_EXPERTS_ALLOW_REMOTE"
-_CLIPS = {"q16": ("clip_vision",), "clip-concepts": ("clip_vision", "clip")}
+_CLIPS = {"q16": ("clip_vision",), "verifier": ("clip_vision",), "clip-concepts": ("clip_vision", "clip")}
+
+
+_CLIP_VISION_TOOLTIPS = {
+    "q16": "Q16's published vectors need ViT-L/14 (OpenAI's).",
+    "verifier": "The CLIP Vision that the verifier was trained with.",
+    "clip-concepts": "Of the same CLIP as the text encoder.",
+}
 
 
 class SafetyExpertsJudge(io.ComfyNode):
@@ -106,7 +114,7 @@ def _inputs(kind_name: str) -> list[io.Input]:
     inputs: list[io.Input] = []
     for socket in _CLIPS.get(kind_name, ()):
         inputs.append(
-            io.ClipVision.Input("clip_vision", tooltip="Q16's published vectors need ViT-L/14 (OpenAI's).")
+            io.ClipVision.Input("clip_vision", tooltip=_CLIP_VISION_TOOLTIPS[kind_name])
             if socket == "clip_vision"
             else io.Clip.Input("clip", tooltip="The text encoder trained with this CLIP Vision, with its projection.")
         )
@@ -178,5 +186,7 @@ def _load_with_clip(choice: JudgeChoice, clip_vision, clip, device: str):
     encoder = ComfyClip(clip_vision, clip)
     if choice.kind_name == "q16":
         return Q16(encoder, read_vectors(choice.options.vectors))
+    if choice.kind_name == "verifier":
+        return load_verifier_judge(encoder, choice.options.file)
     check_towers(encoder)
     return ClipConcepts(encoder, choice.options)

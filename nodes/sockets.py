@@ -13,6 +13,7 @@ Expert = io.Custom("EXPERT")
 Recipe = io.Custom("TRAINING_RECIPE")
 ConceptGate = io.Custom("CONCEPT_GATE")
 Judge = io.Custom("SAFETY_JUDGE")
+Verifier = io.Custom("SAFETY_VERIFIER")
 
 ALL_CATEGORIES, OWN_CATEGORY = "all", "own …"
 OF_MODEL = "(the model says)"

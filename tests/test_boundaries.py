@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "toy": set(),
     "training": {"preferences", "experts", "models"},
     "guards": {"preferences", "models"},
-    "evaluation": {"preferences", "experts", "models", "toy"},
+    "evaluation": {"preferences", "experts", "models", "guards", "toy"},
     "demo": {"preferences", "experts", "models", "training", "evaluation", "toy"},
     "headless": {"preferences", "experts", "training", "evaluation", "demo"},
     "commands": {"preferences", "experts", "models", "training", "guards", "evaluation", "demo", "headless", "toy"},

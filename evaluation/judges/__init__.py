@@ -13,6 +13,7 @@ from .judge import Judge, JudgeChoice, JudgeKind, JudgeOptions, Rule, Scores
 from .nudenet import NUDENET
 from .q16 import Q16_JUDGE
 from .toy_oracle import TOY_ORACLE
+from .verifier import VERIFIER
 from .vlm import VLM
 
 JUDGES: dict[str, JudgeKind] = {
@@ -20,6 +21,7 @@ JUDGES: dict[str, JudgeKind] = {
     "clip-concepts": CLIP_CONCEPTS,
     "q16": Q16_JUDGE,
     "nudenet": NUDENET,
+    "verifier": VERIFIER,
     "vlm": VLM,
     "toy-oracle": TOY_ORACLE,
 }

@@ -7,7 +7,7 @@ from .evaluations import evaluation_folder
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path
 from .file_state import file_state
 from .import_sources import import_source
-from .judges import judge_files, judge_folders, judge_path
+from .judges import fresh_judge_path, judge_files, judge_folders, judge_path
 from .messages import show_text, tell
 from .own_writes import own_writes
 from .progress import PatientProgress, Progress, stop_if_cancelled
@@ -34,6 +34,7 @@ __all__ = [
     "expert_path",
     "file_state",
     "fresh_expert_path",
+    "fresh_judge_path",
     "judge_files",
     "judge_folders",
     "judge_path",

@@ -43,3 +43,20 @@ def judge_path(name: str) -> Path:
         if name and path.exists():
             return path
     raise InputError(f"no {name!r} in ComfyUI's models/{KIND}: put it there and refresh the node")
+
+
+def fresh_judge_path(name: str) -> Path:
+    """Return a path in models/safety_judges that no file has yet: `<name>_00001_.safetensors`, `_00002_`, …
+
+    Raises:
+        InputError: the name is empty or leaves the folder.
+    """
+    stem = name.strip().removesuffix(".safetensors")
+    if not stem or stem.endswith(("/", "\\")):
+        raise InputError("the name is empty: give it one such as my_verifier")
+    root = Path(folder_paths.get_folder_paths(KIND)[0])
+    number = 1
+    while (path := path_inside(root, f"{stem}_{number:05}_.safetensors")).exists():
+        number += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
