@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Below this share of the noise prediction, the difference of unsafe and safe twin is rounding and says nothing.
-SMALLEST_DIFFERENCE = 0.01
+SMALLEST_DIFFERENCE = 0.002
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Guard:
     concepts: Sequence[GuardConcept]
     preset: SldPreset
     opens_by_text: Opens | None = None
-    threshold: float = 0.25
+    threshold: float = 0.4
     deciding_part: float = 1 / 3
     start_percent: float = 0.0
     end_percent: float = 1.0

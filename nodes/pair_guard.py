@@ -97,7 +97,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.25,
+                    default=0.4,
                     min=-2.0,
                     max=2.0,
                     step=0.01,
@@ -140,7 +140,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
         gate: ConceptGate | None = None,
         skip_covered: bool = True,
         sld_preset: str = "strong",
-        threshold: float = 0.25,
+        threshold: float = 0.4,
         deciding_part: float = 0.33,
         start_percent: float = 0.0,
         end_percent: float = 1.0,

@@ -272,7 +272,7 @@ def check_experts(name: str, family: Family) -> None:
     plain = family.draw(family.model, prompt, cfg=1.0)
     report(f"expert in the weights, {name}", family.draw(add_guard(patched, family.guard()), cfg=1.0), expected, plain)
     if name == "eps":
-        gated = add_gated_layers(add_guard(family.model, family.guard()), keys, expert, 0.0, 0.9999)
+        gated = add_gated_layers(add_guard(family.model, family.guard()), keys, expert, 0.0, 1.0)
         note_applied(gated, AppliedExpert(expert, keys, False))
         report("expert behind a gate, on a guarded model", family.draw(gated, cfg=1.0), expected, plain)
     covered = family.draw(
@@ -292,7 +292,7 @@ def check_stack(family: Family) -> None:
     for case, model in {
         "stack: expert, guard, guard": add_guard(add_guard(in_weights(family, expert, keys), first), second),
         "stack: guard, guard, gated expert": add_gated_layers(
-            add_guard(add_guard(family.model, second), first), keys, expert, 0.0, 0.9999
+            add_guard(add_guard(family.model, second), first), keys, expert, 0.0, 1.0
         ),
     }.items():
         report(case, family.draw(model, cfg=1.0), expected, plain)

@@ -29,9 +29,9 @@ def test_presence_is_a_half_at_the_concept_and_minus_a_half_at_its_twin():
 
 
 def test_presence_of_twins_that_the_model_does_not_tell_apart_is_near_zero():
-    """The difference is 1e-4 of the noise prediction; without a floor this would be 5000."""
-    unsafe, safe = rows([1.0001, 0.0]), rows([1.0, 0.0])
-    prompt = rows([1.5, 0.0])
+    """The difference is 1e-6 of the noise prediction; without a floor this would be 5e5."""
+    unsafe, safe = rows([1e-6, 0.0]), rows([0.0, 0.0])
+    prompt = rows([0.5, 0.0])
 
     assert abs(presence(prompt, unsafe, safe, rows([2.0, 1.0])).item()) < 0.5
 
