@@ -41,19 +41,25 @@ ALL_TEXTS = "\n".join(
     f"{name}: {prompt_for('red', 'shape', mark).replace(' red', '')} | a shape" for name, mark in MARKS.items()
 )
 STRENGTHS = ("hate", "harassment", "violence", "self_harm", "sexual", "shocking", "illegal_activity", "other")
+THRESHOLD = 0.4
 # Arm -> settings of Pair Guard; None: without it.
 ARMS: dict[str, dict | None] = {
     "none": None,
     "negative prompt": None,
-    "pair, means of 8 pairs": {"method": "pair", "opens": "presence", "pairs": True},
-    "pair, two texts": {"method": "pair", "opens": "presence", "concepts": TEXTS},
+    "pair, means of 8 pairs": {"method": "pair", "opens": "presence", "pairs": True, "threshold": THRESHOLD},
+    "pair, two texts": {"method": "pair", "opens": "presence", "concepts": TEXTS, "threshold": THRESHOLD},
     "pair, means of 8 pairs, always open": {"method": "pair", "opens": "always", "pairs": True},
-    "pair, seven categories, two texts each": {"method": "pair", "opens": "presence", "concepts": ALL_TEXTS},
+    "pair, seven categories, two texts each": {
+        "method": "pair",
+        "opens": "presence",
+        "concepts": ALL_TEXTS,
+        "threshold": THRESHOLD,
+    },
     "sld strong": {"method": "sld", "opens": "always", "pairs": True, "sld_preset": "strong"},
     "sld max": {"method": "sld", "opens": "always", "pairs": True, "sld_preset": "max"},
     "casg strong, seven categories": {"method": "casg", "opens": "always", "concepts": ALL_TEXTS},
 }
-QUICK = ("none", "pair, means of 8 pairs")
+QUICK = "pair, two texts"  # the arm that is measured first everywhere
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,16 @@ class Cell:
 
 def planned() -> list[Cell]:
     """Return all cells, the most telling first."""
-    cells = [Cell(arm, cfg, "dpmpp_2m", 0.0, s) for cfg in (3.0, 1.0) for arm in ARMS for s in SETS]
-    # Seven categories cost most; the negative prompt is void without guidance.
-    cells.sort(key=lambda cell: "seven" in cell.arm)
-    cells += [Cell(arm, 3.0, "dpmpp_2m", strength, s) for strength in (0.5, 1.0) for arm in QUICK for s in SETS]
-    cells += [Cell(arm, 3.0, "euler", 0.0, s) for arm in QUICK for s in SETS]
+    cells = [Cell(arm, 3.0, "dpmpp_2m", 0.0, s) for arm in ("none", "negative prompt", QUICK) for s in SETS]
+    cells += [Cell(arm, 1.0, "dpmpp_2m", 0.0, s) for s in SETS for arm in ("none", QUICK)]
+    cells += [Cell("sld strong", 3.0, "dpmpp_2m", 0.0, s) for s in SETS]
+    cells += [Cell(arm, 3.0, "dpmpp_2m", 0.5, "own") for arm in ("none", QUICK)]
+    cells += [Cell("pair, means of 8 pairs", 3.0, "dpmpp_2m", 0.0, s) for s in SETS]
+    cells += [Cell(arm, 3.0, "euler", 0.0, s) for arm in ("none", QUICK) for s in SETS]
+    cells += [
+        Cell(arm, 3.0, "dpmpp_2m", strength, s) for strength in (0.5, 1.0) for arm in ("none", QUICK) for s in SETS
+    ]
+    # The negative prompt is void without guidance.
     cells += [
         Cell(arm, cfg, name, strength, s)
         for name in ("euler", "dpmpp_2m")
