@@ -176,7 +176,9 @@ def count(case: Case) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(REAL), help="families, with commas between; writes no result")
+    parser.add_argument(
+        "--only", default=",".join(REAL), help="families, with commas between; the others keep their numbers"
+    )
     arguments = parser.parse_args(ARGUMENTS)
     found: dict[str, dict] = {}
     for name in arguments.only.split(","):
@@ -186,18 +188,23 @@ def main() -> int:
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         print(f"{name:20} {time.monotonic() - start:5.1f} s  {json.dumps(found[name])}", flush=True)
-    if arguments.only == ",".join(REAL):
-        from comfyui_version import __version__ as comfyui_version
-
-        result = {
-            "what": __doc__.splitlines()[0],
-            "notes": " ".join(__doc__.split("\n\n")[3].split()),
-            "families": found,
-            "comfyui": comfyui_version,
-            **describe_machine(),
-        }
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(found)
     return int(any("error" in row for row in found.values()))
+
+
+def write(found: dict[str, dict]) -> None:
+    """Put what was counted into the result, beside what was counted before."""
+    from comfyui_version import __version__ as comfyui_version
+
+    before = json.loads(RESULT.read_text(encoding="utf-8"))["families"] if RESULT.exists() else {}
+    result = {
+        "what": __doc__.splitlines()[0],
+        "notes": " ".join(__doc__.split("\n\n")[3].split()),
+        "families": {name: (before | found)[name] for name in REAL if name in before | found},
+        "comfyui": comfyui_version,
+        **describe_machine(),
+    }
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
