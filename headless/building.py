@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..demo.comfyui import ComfyServer
-from ..errors import InputError
 from ..evaluation.building import BuildingStoppedError
 from ..preferences.dataset import PreferenceDataset
 from ..preferences.pairs import write_prompt_pairs
 from ..preferences.prompt_pair import PromptPair
 from .graphs import Graph, ModelFiles, add_loaders
-from .session import Comfy, run_graph, tidy, work_folder
+from .session import Comfy, run_graph, tidied, tidy, work_folder
 from .training import DATASET_VARIABLE
 
 _PROMPTS = "pairs.jsonl"
@@ -77,15 +76,8 @@ def build_in_comfyui(
             **sampling.inputs(),
         )
 
-    failed = True
-    try:
+    with tidied(work):
         finished = run_graph(comfy, work, build, {DATASET_VARIABLE: str(out.absolute())})
-        failed = False
-    except InputError:
-        failed = False
-        raise
-    finally:
-        tidy(work, keep_log=failed)
     if not finished:
         raise BuildingStoppedError(f"stopped; what was drawn is kept in {out}, the same command goes on")
     return PreferenceDataset.open(out)

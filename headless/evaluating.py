@@ -12,7 +12,7 @@ from ..evaluation.judges import JudgeChoice
 from ..preferences.prompt_pair import PromptPair
 from .building import Sampling, add_prompt_pairs
 from .graphs import Graph, Link, ModelFiles, add_experts, add_loaders
-from .session import Comfy, run_graph, tidy, work_folder
+from .session import Comfy, run_graph, tidied, tidy, work_folder
 
 EVALUATION_VARIABLE = "SAFETY_EXPERTS_EVALUATION"  # nodes/host/evaluations.py
 _JUDGES_FOLDER = "safety_judges"  # nodes/host/judges.py
@@ -70,15 +70,8 @@ def evaluate_in_comfyui(
             **sampling.inputs(),
         )
 
-    failed = True
-    try:
+    with tidied(work):
         finished = run_graph(comfy, work, build, {EVALUATION_VARIABLE: str(out.absolute())})
-        failed = False
-    except InputError:
-        failed = False
-        raise
-    finally:
-        tidy(work, keep_log=failed)
     return finished
 
 

@@ -1,8 +1,9 @@
 """A ComfyUI started for one workflow, in a folder beside what the command writes."""
 
+import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def run_graph(
                 text if str(server.log_path) in text else f"{text}; ComfyUI's log is {server.log_path}"
             ) from error
         return True
+
+
+@contextlib.contextmanager
+def tidied(work: Path) -> Iterator[None]:
+    """Afterwards a server's base directory is gone, but for the log of a failure that is not of the input."""
+    failed = True
+    try:
+        yield
+        failed = False
+    except InputError:
+        failed = False
+        raise
+    finally:
+        tidy(work, keep_log=failed)
 
 
 def tidy(work: Path, *, keep_log: bool) -> None:

@@ -15,7 +15,7 @@ from ..preferences.dataset import PreferenceDataset
 from ..training.recipe import Recipe
 from ..training.trainer import TrainingStoppedError, resume_path
 from .graphs import Graph, ModelFiles, add_experts, add_loaders
-from .session import Comfy, run_graph, tidy, work_folder
+from .session import Comfy, run_graph, tidied, tidy, work_folder
 
 DATASET_VARIABLE = "SAFETY_EXPERTS_DATASET"  # nodes/host/datasets.py
 _NAME = "expert"
@@ -88,16 +88,11 @@ def train_in_comfyui(
                 vae=links.vae,
             )
 
-        failed = True
-        try:
-            finished = run_graph(comfy, work, build, {DATASET_VARIABLE: str(dataset.folder.resolve())})
-            failed = False
-        except InputError:
-            failed = False
-            raise
-        finally:
-            taken = _take(loras, out)
-            tidy(work, keep_log=failed)
+        with tidied(work):
+            try:
+                finished = run_graph(comfy, work, build, {DATASET_VARIABLE: str(dataset.folder.resolve())})
+            finally:
+                taken = _take(loras, out)
         if taken is None:
             if finished:
                 raise SafetyExpertsError(f"ComfyUI ended without writing an expert; {out} was not written")
