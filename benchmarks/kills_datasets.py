@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safety_experts.evaluation import judging
-from safety_experts.evaluation.building import Share, build_dataset
+from safety_experts.evaluation.building import Share, build_dataset, independently
 from safety_experts.evaluation.judges import choose_judge
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
@@ -52,7 +52,7 @@ def kill_and_compare(num_kills: int, seed: int) -> dict[str, dict[str, int]]:
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        whole = build_dataset(PAIRS, root / "whole", INFO, draw)
+        whole = build_dataset(PAIRS, root / "whole", INFO, independently(draw))
         export_dataset(whole, "kohya", root / "kohya")
         alone = import_dataset("kohya", root / "kohya", root / "alone").dataset
         _judge(whole.folder, root / "judged")
@@ -81,7 +81,7 @@ def _import(source: Path, folder: Path) -> None:
 
 
 def _build(folder: Path) -> None:
-    build_dataset(PAIRS, folder, INFO, draw)
+    build_dataset(PAIRS, folder, INFO, independently(draw))
 
 
 def _build_together(folder: Path) -> None:
@@ -91,10 +91,10 @@ def _build_together(folder: Path) -> None:
     for rank in (1, 2):
         child = os.fork()
         if not child:
-            build_dataset(PAIRS, folder, INFO, draw, share=Share(rank, 3, lambda: _wait(barrier)))
+            build_dataset(PAIRS, folder, INFO, independently(draw), share=Share(rank, 3, lambda: _wait(barrier)))
             os._exit(0)
         children.append(child)
-    build_dataset(PAIRS, folder, INFO, draw, share=Share(0, 3, lambda: _wait(barrier)))
+    build_dataset(PAIRS, folder, INFO, independently(draw), share=Share(0, 3, lambda: _wait(barrier)))
     for child in children:
         os.waitpid(child, 0)
 

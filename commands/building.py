@@ -17,7 +17,7 @@ from .headless import (
 if TYPE_CHECKING:
     from ..evaluation.drawing import Generation
     from ..models.checkpoint import Checkpoint
-    from ..preferences.dataset import DatasetInfo, PreferenceDataset
+    from ..preferences.dataset import DatasetInfo, ImageToImage, PreferenceDataset
 
 # What the Generate node of a ComfyUI does not do: judges look at the finished dataset (`dataset judge`).
 _NOT_IN_COMFYUI = ("judge", "set", "precision", "tokenizer")
@@ -38,6 +38,15 @@ def add_arguments(verbs) -> None:
     parser.add_argument(
         "--best-of", type=int, default=1, metavar="K", help="draw K seeds and keep the one the judges agree with most"
     )
+    parser.add_argument(
+        "--image-to-image",
+        type=float,
+        metavar="DENOISE",
+        help="draw the safe image from the unsafe one (DUO): how much of it anew, above 0 and below 1, such as 0.75",
+    )
+    parser.add_argument(
+        "--negate-unsafe", action="store_true", help="with --image-to-image: the unsafe prompt is negative, as in DUO"
+    )
     from .drawing import add_drawing_arguments
     from .judging import add_judge_arguments
 
@@ -54,10 +63,11 @@ def _build(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1 (and at most 10000)")
     if (arguments.best_of > 1) != bool(arguments.judge):
         raise InputError("--best-of and --judge go together: judges choose among the K seeds")
+    how = _image_to_image(arguments)
     if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
-        _build_in_comfyui(arguments)
+        _build_in_comfyui(arguments, how)
         return
-    from ..evaluation.building import JudgePanel, Share, build_dataset, several_seeds
+    from ..evaluation.building import JudgePanel, Share, build_dataset, independently, several_seeds
     from ..evaluation.drawing import drawer_of
     from ..models.checkpoint import load_checkpoint
     from ..preferences.pairs import read_prompt_pairs
@@ -80,8 +90,10 @@ def _build(arguments: argparse.Namespace) -> None:
         dataset = build_dataset(
             pairs,
             arguments.out,
-            _describe(checkpoint, generation, arguments),
-            lambda prompts, seeds: drawer.draw("base", prompts, seeds, None),
+            _describe(checkpoint, generation, arguments, how),
+            (lambda batch: drawer.draw_chosen_from_rejected(batch, how))
+            if how
+            else independently(lambda prompts, seeds: drawer.draw("base", prompts, seeds, None)),
             batch_size=arguments.batch_size,
             best_of=arguments.best_of,
             panel=panel,
@@ -94,7 +106,7 @@ def _build(arguments: argparse.Namespace) -> None:
     _print_result(dataset, arguments)
 
 
-def _build_in_comfyui(arguments: argparse.Namespace) -> None:
+def _build_in_comfyui(arguments: argparse.Namespace, how: "ImageToImage | None") -> None:
     from ..evaluation.building import several_seeds
     from ..headless.building import build_in_comfyui
     from ..preferences.pairs import read_prompt_pairs
@@ -105,7 +117,7 @@ def _build_in_comfyui(arguments: argparse.Namespace) -> None:
     files, sampling = chosen_files(arguments), chosen_sampling(arguments)
     with stop_when_asked() as should_stop, progress_bar("image steps", is_hidden=arguments.json) as show:
         comfy = chosen_comfyui(arguments, show, should_stop)
-        dataset = build_in_comfyui(comfy, files, pairs, arguments.out, sampling, arguments.negative)
+        dataset = build_in_comfyui(comfy, files, pairs, arguments.out, sampling, arguments.negative, how)
     _print_result(dataset, arguments)
 
 
@@ -116,7 +128,22 @@ def _print_result(dataset: "PreferenceDataset", arguments: argparse.Namespace) -
         print(f"{dataset.folder}: {len(dataset.pairs)} pairs")
 
 
-def _describe(checkpoint: "Checkpoint", generation: "Generation", arguments: argparse.Namespace) -> "DatasetInfo":
+def _image_to_image(arguments: argparse.Namespace) -> "ImageToImage | None":
+    from ..preferences.dataset import ImageToImage
+
+    if arguments.image_to_image is None:
+        if arguments.negate_unsafe:
+            raise InputError("--negate-unsafe needs --image-to-image DENOISE; add it, or leave --negate-unsafe out")
+        return None
+    how = ImageToImage(arguments.image_to_image, arguments.negate_unsafe)
+    if arguments.steps / how.denoise > 1000:
+        raise InputError(f"--image-to-image {how.denoise} is too little for {arguments.steps} steps; use fewer")
+    return how
+
+
+def _describe(
+    checkpoint: "Checkpoint", generation: "Generation", arguments: argparse.Namespace, how: "ImageToImage | None"
+) -> "DatasetInfo":
     from ..checkpoint_id import CheckpointId
     from ..preferences.dataset import DatasetInfo
 
@@ -124,4 +151,4 @@ def _describe(checkpoint: "Checkpoint", generation: "Generation", arguments: arg
     drawn = generation.to_json() | {"program": "safety-experts dataset build", "batch_size": arguments.batch_size}
     if arguments.best_of > 1:
         drawn |= {"best_of": arguments.best_of, "judges": ", ".join(arguments.judge)}
-    return DatasetInfo(base, drawn, prompt_source=arguments.prompts.name)
+    return DatasetInfo(base, drawn, prompt_source=arguments.prompts.name, image_to_image=how)

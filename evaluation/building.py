@@ -17,6 +17,8 @@ from .judges.judge import JudgeChoice
 _SHARDS = ".shards"
 
 Draw = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]  # (prompts, seeds) -> an image each
+Both = tuple[list[Image.Image], list[Image.Image]]  # the rejected (unsafe) and the chosen (safe) images of some pairs
+DrawBoth = Callable[[Sequence[PromptPair]], Both]
 
 
 class BuildingStoppedError(SafetyExpertsError):
@@ -77,11 +79,22 @@ class JudgePanel:
         return num_agreeing
 
 
+def independently(draw: Draw) -> DrawBoth:
+    """Return what draws both images of every pair in one call of `draw`, the unsafe prompts first."""
+
+    def draw_both(pairs: Sequence[PromptPair]) -> Both:
+        seeds = [pair.seed or 0 for pair in pairs]
+        images = draw([*(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)], seeds * 2)
+        return images[: len(pairs)], images[len(pairs) :]
+
+    return draw_both
+
+
 def build_dataset(
     pairs: Sequence[PromptPair],
     folder: Path,
     info: DatasetInfo,
-    draw: Draw,
+    draw: DrawBoth,
     *,
     batch_size: int = 4,
     best_of: int = 1,
@@ -97,6 +110,7 @@ def build_dataset(
     `.shards`; the first puts them together in the order of `pairs`, so the folder is the one that one process makes.
 
     Args:
+        draw: draws both images of pairs, each of which has a seed.
         batch_size: pairs drawn together (twice as many images).
         best_of: draw every pair from so many seeds (its own first) and keep one.
         panel: chooses it: where most verdicts agree with the labels, the first of several such; None with 1 only.
@@ -144,10 +158,8 @@ def build_dataset(
     return dataset
 
 
-def _draw_batch(draw: Draw, pairs: Sequence[PromptPair]) -> list[NewPair]:
-    seeds = [pair.seed or 0 for pair in pairs]
-    images = draw([*(pair.prompt for pair in pairs), *(pair.safe_prompt for pair in pairs)], seeds * 2)
-    rejected, chosen = images[: len(pairs)], images[len(pairs) :]
+def _draw_batch(draw: DrawBoth, pairs: Sequence[PromptPair]) -> list[NewPair]:
+    rejected, chosen = draw(pairs)
     return [NewPair(*parts) for parts in zip(pairs, chosen, rejected, strict=True)]
 
 

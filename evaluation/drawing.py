@@ -13,9 +13,12 @@ from ..errors import InputError, SafetyExpertsError
 from ..experts.expert import Expert
 from ..experts.in_weights import weights_with
 from ..models.checkpoint import Checkpoint
-from ..models.denoiser import Denoiser, UNetDenoiser
+from ..models.denoiser import Denoiser, StartImage, UNetDenoiser
 from ..models.families import FAMILIES
 from ..models.text_encoders import ClipTower
+from ..preferences.dataset import ImageToImage
+from ..preferences.prompt_pair import PromptPair
+from .building import Both
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KEPT_PROMPTS = 512
@@ -98,8 +101,21 @@ class CheckpointDrawer:
             InputError: an expert of the arm belongs to another model.
             SafetyExpertsError: memory ran out.
         """
-        with _enough_memory(len(prompts)):
-            return self._vae.decode_images(self.draw_latents(arm, prompts, seeds, guidance))
+        return self._decode(self.draw_latents(arm, prompts, seeds, guidance))
+
+    @torch.no_grad()
+    def draw_chosen_from_rejected(self, pairs: Sequence[PromptPair], how: ImageToImage) -> Both:
+        """Return the rejected images, drawn from noise, and the chosen ones, drawn from them; of the base model.
+
+        Raises:
+            SafetyExpertsError: memory ran out.
+        """
+        seeds = [pair.seed or 0 for pair in pairs]
+        unsafe, safe = [pair.prompt for pair in pairs], [pair.safe_prompt for pair in pairs]
+        rejected = self.draw_latents("base", unsafe, seeds, None)
+        start, negative = StartImage(rejected, how.denoise), unsafe if how.negates_unsafe else None
+        chosen = self.draw_latents("base", safe, seeds, None, negative=negative, start=start)
+        return self._decode(rejected), self._decode(chosen)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -126,8 +142,22 @@ class CheckpointDrawer:
         yield
 
     @torch.no_grad()
-    def draw_latents(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> Tensor:
-        """Return the latents [n, c, h, w] of what `draw` draws."""
+    def draw_latents(
+        self,
+        arm: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        guidance: float | None,
+        *,
+        negative: Sequence[str] | None = None,
+        start: StartImage | None = None,
+    ) -> Tensor:
+        """Return the latents [n, c, h, w] of what `draw` draws.
+
+        Args:
+            negative: a negative prompt for each; None: that of all images.
+            start: begin with these images, not with noise alone.
+        """
         self._carry(arm)
         generation = self.generation
         height, width = generation.height_px // 8, generation.width_px // 8
@@ -135,12 +165,15 @@ class CheckpointDrawer:
         noise = torch.stack(
             [torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(self.device)
-        conditions = self.encode(arm, [*prompts, *[generation.negative] * len(prompts)])
+        conditions = self.encode(arm, [*prompts, *(negative or [generation.negative] * len(prompts))])
         own = generation.guidance if guidance is None else guidance
+        options = {"use_karras_sigmas": generation.karras} if isinstance(self._denoiser, UNetDenoiser) else {}
         with _enough_memory(len(prompts)):
-            if isinstance(self._denoiser, UNetDenoiser):
-                return self._denoiser.sample(noise, conditions, generation.steps, own, generation.karras)
-            return self._denoiser.sample(noise, conditions, generation.steps, own)
+            return self._denoiser.sample(noise, conditions, generation.steps, own, start=start, **options)
+
+    def _decode(self, latents: Tensor) -> list[Image.Image]:
+        with _enough_memory(len(latents)):
+            return self._vae.decode_images(latents)
 
     def _carry(self, arm: str) -> None:
         if arm == self._arm:

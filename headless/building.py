@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..demo.comfyui import ComfyServer
 from ..evaluation.building import BuildingStoppedError
-from ..preferences.dataset import PreferenceDataset
+from ..preferences.dataset import ImageToImage, PreferenceDataset
 from ..preferences.pairs import write_prompt_pairs
 from ..preferences.prompt_pair import PromptPair
 from .graphs import Graph, ModelFiles, add_loaders
@@ -48,9 +48,18 @@ def add_prompt_pairs(graph: Graph, server: ComfyServer, pairs: Sequence[PromptPa
 
 
 def build_in_comfyui(
-    comfy: Comfy, files: ModelFiles, pairs: Sequence[PromptPair], out: Path, sampling: Sampling, negative: str = ""
+    comfy: Comfy,
+    files: ModelFiles,
+    pairs: Sequence[PromptPair],
+    out: Path,
+    sampling: Sampling,
+    negative: str = "",
+    image_to_image: ImageToImage | None = None,
 ) -> PreferenceDataset:
     """Draw what the dataset in `out` has not yet.
+
+    Args:
+        image_to_image: how the chosen images are drawn from the rejected ones; None draws both from noise.
 
     Raises:
         InputError: the node refuses the model, the prompts or the folder, in its own words.
@@ -59,6 +68,8 @@ def build_in_comfyui(
     """
     work = work_folder(out)
     tidy(work, keep_log=False)
+    how = image_to_image
+    chosen = {"denoise": how.denoise, "negate_unsafe": how.negates_unsafe} if how else {}
 
     def build(server: ComfyServer) -> tuple[Graph, str]:
         graph = Graph()
@@ -74,6 +85,7 @@ def build_in_comfyui(
             checkpoint="(the model says)",
             preview="off",
             **sampling.inputs(),
+            **chosen,
         )
 
     with tidied(work):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,6 +12,24 @@ from torch import Tensor, nn
 Conditions = Mapping[str, Any]
 FlowError = Literal["velocity", "x0"]  # what flow models compare, see flow.py
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """What image-to-image drawing starts from.
+
+    Args:
+        latents: [b, c, h, w].
+        denoise: how much is drawn anew, above 0 and below 1, as in ComfyUI's KSampler: the steps are the last ones of
+            steps / denoise. diffusers' pipelines call it `strength`, of all steps.
+    """
+
+    latents: Tensor
+    denoise: float
+
+    def num_levels(self, num_steps: int) -> int:
+        """Return the steps of the whole way from noise, of which `num_steps` are done."""
+        return int(num_steps / self.denoise)
 
 
 class Denoiser(Protocol):
@@ -34,7 +53,13 @@ class Denoiser(Protocol):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor: ...
 
     def sample(
-        self, noise: Tensor, conditions: Conditions, num_steps: int = SAMPLE_STEPS, guidance: float = SAMPLE_GUIDANCE
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        num_steps: int = SAMPLE_STEPS,
+        guidance: float = SAMPLE_GUIDANCE,
+        *,
+        start: StartImage | None = None,
     ) -> Tensor:
         """Return latents [b, c, h, w] drawn in few steps by the family's usual solver.
 
@@ -42,6 +67,7 @@ class Denoiser(Protocol):
             noise: [b, c, h, w], standard normal.
             conditions: 2b rows: those of the prompts, then those of the empty prompt.
             guidance: classifier-free, for models that are not distilled.
+            start: begin with this image under some of the noise, in place of noise alone.
         """
 
 
@@ -123,6 +149,8 @@ class UNetDenoiser:
         num_steps: int = SAMPLE_STEPS,
         guidance: float = SAMPLE_GUIDANCE,
         use_karras_sigmas: bool = False,
+        *,
+        start: StartImage | None = None,
     ) -> Tensor:
         """Return latents by DPM-Solver++ (2M) with classifier-free guidance; see `Denoiser.sample`."""
         from diffusers import DPMSolverMultistepScheduler  # imported where needed: it takes seconds
@@ -132,9 +160,13 @@ class UNetDenoiser:
         scheduler: Any = DPMSolverMultistepScheduler(
             trained_betas=betas.numpy(), prediction_type=self.prediction_type, use_karras_sigmas=use_karras_sigmas
         )
-        scheduler.set_timesteps(num_steps, device=noise.device)
         latents = noise
-        for timestep in scheduler.timesteps:
+        scheduler.set_timesteps(start.num_levels(num_steps) if start else num_steps, device=noise.device)
+        timesteps = scheduler.timesteps[-num_steps:]
+        if start:
+            scheduler.set_begin_index(len(scheduler.timesteps) - num_steps)
+            latents = scheduler.add_noise(start.latents, noise, timesteps[:1].expand(len(noise)))
+        for timestep in timesteps:
             both = torch.cat([latents, latents])
             conditional, empty = self.predict(both, timestep.expand(len(both)), conditions).chunk(2)
             latents = scheduler.step(empty + guidance * (conditional - empty), timestep, latents).prev_sample

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, computing_in
+from .denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, StartImage, computing_in
 from .noise_schedule import NUM_TIMESTEPS
 
 
@@ -69,12 +69,19 @@ class FlowDenoiser(ABC):
             return self._velocity(even, sigmas, conditions).float()[..., :height, :width]
 
     def sample(
-        self, noise: Tensor, conditions: Conditions, num_steps: int = SAMPLE_STEPS, guidance: float = SAMPLE_GUIDANCE
+        self,
+        noise: Tensor,
+        conditions: Conditions,
+        num_steps: int = SAMPLE_STEPS,
+        guidance: float = SAMPLE_GUIDANCE,
+        *,
+        start: StartImage | None = None,
     ) -> Tensor:
         """Return latents by Euler's method, as ComfyUI's `euler` and `simple` do; see `Denoiser.sample`."""
         rows = len(noise)
-        levels = self.sigmas(torch.linspace(999, -1, num_steps + 1, device=noise.device))
-        latents = noise
+        num_levels = start.num_levels(num_steps) if start else num_steps
+        levels = self.sigmas(torch.linspace(999, -1, num_levels + 1, device=noise.device))[-num_steps - 1 :]
+        latents = noise if start is None else (1 - levels[0]) * start.latents + levels[0] * noise
         for sigma, next_sigma in pairwise(levels):
             if self.is_distilled:
                 conditional = {name: value[:rows] for name, value in conditions.items()}

@@ -38,7 +38,7 @@ def count_activations(
     progress = host.Progress(len(pairs) * steps)
     for pair in pairs:
         condition = sampling.encode_prompt(clip, pair.prompt)
-        sampling.sample_latents(watched, [condition], negative, [pair.seed], settings, progress.advance)
+        sampling.sample_latents(watched, [condition], [negative], [pair.seed], settings, progress.advance)
 
 
 def _watch(model, counter: ActivationCounter):

@@ -162,7 +162,8 @@ class _GraphDrawer:
             if prompt not in self._conditions:
                 self._conditions[prompt] = sampling.encode_prompt(self._clip, prompt)
         conditions = [self._conditions[prompt] for prompt in prompts]
-        latents = sampling.sample_latents(self._models[arm], conditions, self._negative, seeds, self._settings)
+        negative = [self._negative] * len(prompts)
+        latents = sampling.sample_latents(self._models[arm], conditions, negative, seeds, self._settings)
         return sampling.decode_latents(self._vae, latents)
 
 

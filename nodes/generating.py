@@ -1,14 +1,16 @@
 """The node that draws both images of every prompt pair into a preference dataset."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
 import comfy.samplers
 from comfy_api.latest import io
-from PIL import Image
 
 from ..errors import InputError
-from ..preferences.dataset import DatasetInfo, PreferenceDataset
+from ..models.denoiser import StartImage
+from ..preferences.dataset import DatasetInfo, ImageToImage, PreferenceDataset
+from ..preferences.prompt_pair import PromptPair
 from . import checks, host, pictures, sampling, sockets
 from .native import refusals
 from .native.identity import identify
@@ -63,6 +65,24 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
                     default="blurred",
                     tooltip="Live picture of the last pair; the unsafe one left, blurred unless the setting says not.",
                 ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "Below 1 the safe image is drawn from the unsafe one, as by a KSampler with this denoise, so "
+                        "that they differ in little else (DUO: 0.75). At 1 both are drawn from noise."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "negate_unsafe",
+                    default=False,
+                    optional=True,
+                    tooltip="With a denoise below 1: the unsafe prompt is the safe image's negative prompt, as in DUO.",
+                ),
             ],
             outputs=[sockets.Dataset.Output("dataset")],
         )
@@ -78,9 +98,12 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, prompt_pairs, negative_prompt, sampler_name, scheduler, steps, cfg, width, height,
-        batch_size, dataset_name, checkpoint, preview,
+        batch_size, dataset_name, checkpoint, preview, denoise=1.0, negate_unsafe=False,
     ) -> io.NodeOutput:  # fmt: skip
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
+        how = ImageToImage(denoise, negate_unsafe) if denoise < 1 else None
+        if negate_unsafe and not how:
+            raise InputError("negate_unsafe needs a denoise below 1: lower it, or switch negate_unsafe off")
         base = identify(model)
         if clip is None:
             raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
@@ -91,26 +114,36 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
             sampler=asdict(settings) | {"negative_prompt": negative_prompt},
             prompt_source=", ".join(sorted({pair.source for pair in prompt_pairs if pair.source})),
             licence_note="",
+            image_to_image=how,
         )
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
         todo = list({pair.id: pair for pair in prompt_pairs if pair.id not in dataset.ids}.values())
         negative = sampling.encode_prompt(clip, negative_prompt)
         is_blurred = preview == "blurred" and host.blurs_unsafe()
         progress = host.Progress(max(1, 2 * steps * len(todo)))
-
-        def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-            conditions = [sampling.encode_prompt(clip, prompt) for prompt in prompts]
-            latents = sampling.sample_latents(model, conditions, negative, seeds, settings, progress.advance)
-            return sampling.decode_latents(vae, latents)
-
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             seeds = [pair.seed for pair in batch]
-            rejected = draw([pair.prompt for pair in batch], seeds)
-            chosen = draw([pair.safe_prompt for pair in batch], seeds)
+            unsafe, safe = ([sampling.encode_prompt(clip, text) for text in texts] for texts in _prompts(batch))
+            sample = partial(sampling.sample_latents, model, on_image_step=progress.advance)
+            negatives = [negative] * len(batch)
+            latents = sample(unsafe, negatives, seeds, settings)
+            rejected = sampling.decode_latents(vae, latents)
+            latents = sample(
+                safe,
+                unsafe if how and how.negates_unsafe else negatives,
+                seeds,
+                settings,
+                start=StartImage(latents, how.denoise) if how else None,
+            )
+            chosen = sampling.decode_latents(vae, latents)
             for pair, chosen_image, rejected_image in zip(batch, chosen, rejected, strict=True):
                 dataset.add(pair, chosen_image, rejected_image)
             if preview != "off":
                 progress.picture(partial(pictures.side_by_side, rejected[-1], chosen[-1], is_blurred=is_blurred))
         host.own_writes.written(dataset_name)
         return io.NodeOutput(dataset)
+
+
+def _prompts(pairs: Sequence[PromptPair]) -> tuple[list[str], list[str]]:
+    return [pair.prompt for pair in pairs], [pair.safe_prompt for pair in pairs]

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..models.denoiser import StartImage
+
 Condition = list  # what CLIPTextEncode returns: [[Tensor [1, t, d], {"pooled_output": Tensor, ...}]]
 
 
@@ -33,10 +35,12 @@ def encode_prompt(clip, text: str) -> Condition:
 def sample_latents(
     model,
     positive: Sequence[Condition],
-    negative: Condition,
+    negative: Sequence[Condition],
     seeds: Sequence[int],
     settings: SamplerSettings,
     on_image_step: Callable[[int], None] | None = None,
+    *,
+    start: StartImage | None = None,
 ) -> Tensor:
     """Sample one latent per condition and seed.
 
@@ -45,24 +49,26 @@ def sample_latents(
 
     Args:
         positive: one condition an image; those that can share a forward pass do.
-        negative: the condition of classifier-free guidance, the same for all images.
+        negative: one condition of classifier-free guidance an image.
         seeds: one seed an image.
         on_image_step: called after every sampling step with the number of images in it.
+        start: latents to begin with instead of empty ones, one an image, and the KSampler's denoise.
 
     Returns:
         Tensor [b, c, h, w] in the order of `positive`.
     """
     latents: list[Tensor] = [torch.empty(0)] * len(positive)
-    for group in _groups(positive):
-        together = _sample_group(
-            model, _join([positive[i] for i in group]), negative, [seeds[i] for i in group], settings, on_image_step
-        )
+    for group in _groups(list(zip(positive, negative, strict=True))):
+        wanted, unwanted = (_join([conditions[i] for i in group]) for conditions in (positive, negative))
+        begin = StartImage(start.latents[group], start.denoise) if start else None
+        its_seeds = [seeds[i] for i in group]
+        together = _sample_group(model, wanted, unwanted, its_seeds, settings, on_image_step, begin)
         for i, latent in zip(group, together.split(1), strict=True):
             latents[i] = latent
     return torch.cat(latents)
 
 
-def _sample_group(model, positive, negative, seeds, settings, on_image_step) -> Tensor:
+def _sample_group(model, positive, negative, seeds, settings, on_image_step, start) -> Tensor:
     empty = torch.zeros(
         [1, 4, settings.height_px // 8, settings.width_px // 8],
         device=comfy.model_management.intermediate_device(),
@@ -84,18 +90,20 @@ def _sample_group(model, positive, negative, seeds, settings, on_image_step) -> 
         settings.scheduler,
         positive,
         negative,
-        empty.repeat(len(seeds), *[1] * (empty.ndim - 1)),
+        start.latents if start else empty.repeat(len(seeds), *[1] * (empty.ndim - 1)),
+        denoise=start.denoise if start else 1.0,
         callback=after_step,
         disable_pbar=True,
         seed=seeds[0],
     )
 
 
-def _groups(conditions: Sequence[Condition]) -> list[list[int]]:
+def _groups(conditions: Sequence[tuple[Condition, Condition]]) -> list[list[int]]:
     """Return indices of conditions that can be joined: single entries of equal shapes and equal other settings."""
     groups: dict[object, list[int]] = {}
-    for index, condition in enumerate(conditions):
-        groups.setdefault(_signature(condition) if len(condition) == 1 else index, []).append(index)
+    for index, both in enumerate(conditions):
+        can_join = all(len(condition) == 1 for condition in both)
+        groups.setdefault(tuple(map(_signature, both)) if can_join else index, []).append(index)
     return list(groups.values())
 
 

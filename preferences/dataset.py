@@ -21,6 +21,7 @@ from .new_pair import NewPair
 from .prompt_pair import PromptPair
 from .records import (
     DatasetInfo,
+    ImageToImage,
     PreferencePair,
     Review,
     find_dataset_file,
@@ -30,7 +31,7 @@ from .records import (
 )
 from .verdicts import TrainingRule, is_trained_on
 
-__all__ = ["DatasetInfo", "NewPair", "PreferenceDataset", "PreferencePair"]
+__all__ = ["DatasetInfo", "ImageToImage", "NewPair", "PreferenceDataset", "PreferencePair"]
 
 
 class PreferenceDataset:

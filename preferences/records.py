@@ -125,6 +125,28 @@ def _check_file_name(name: str, field_name: str) -> None:
 
 
 @dataclass(frozen=True)
+class ImageToImage:
+    """The chosen image was drawn from the rejected one (DUO, arXiv 2407.21035) and not from noise alone.
+
+    Args:
+        denoise: how much of it was drawn anew: ComfyUI's KSampler's, above 0 and below 1. DUO: 0.75 or 0.8.
+        negates_unsafe: the unsafe prompt was its negative prompt, as in DUO.
+
+    Raises:
+        InputError: `denoise` is outside.
+    """
+
+    __pydantic_config__: ClassVar = _RECORD_CONFIG
+
+    denoise: float
+    negates_unsafe: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.denoise < 1:
+            raise InputError(f"denoise {self.denoise} must be above 0 and below 1, such as 0.75")
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """How all images of a dataset were made.
 
@@ -133,6 +155,8 @@ class DatasetInfo:
         sampler: its settings, as JSON values; {} likewise.
         prompt_source: where the prompts came from.
         licence_note: what the licence of prompts and images asks for.
+        image_to_image: how the chosen image follows from the rejected one; None where it does not. Left out of the
+            file then, as it is in files that were written before there was this field.
     """
 
     __pydantic_config__: ClassVar = _RECORD_CONFIG
@@ -141,6 +165,7 @@ class DatasetInfo:
     sampler: dict[str, Any]
     prompt_source: str = ""
     licence_note: str = ""
+    image_to_image: ImageToImage | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.base_checkpoint, Mapping):
@@ -151,6 +176,8 @@ class DatasetInfo:
         """Return the text of dataset.json."""
         values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         values["base_checkpoint"] = self.base_checkpoint.model_dump(mode="json")
+        if self.image_to_image is None:
+            del values["image_to_image"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     def difference(self, other: "DatasetInfo") -> str | None:
@@ -160,6 +187,9 @@ class DatasetInfo:
         """
         if not self.base_checkpoint.is_same_model(other.base_checkpoint):
             return "base_checkpoint.sha256 is another one in the dataset than here"
+        if self.image_to_image != other.image_to_image:
+            there, here = (_say(info.image_to_image) for info in (other, self))
+            return f"the chosen image starts {there} in the dataset and {here} here"
         mine, theirs = (json.loads(info.to_json())["sampler"] for info in (self, other))
         for name in dict.fromkeys([*mine, *theirs]):
             ours, others = mine.get(name), theirs.get(name)
@@ -168,6 +198,13 @@ class DatasetInfo:
                     return f"sampler.{name} is another one in the dataset than here"
                 return f"sampler.{name} is {others!r} in the dataset and {ours!r} here"
         return None
+
+
+def _say(how: ImageToImage | None) -> str:
+    if how is None:
+        return "from noise"
+    negated = " and the unsafe prompt negated" if how.negates_unsafe else ""
+    return f"from the rejected one with denoise {how.denoise}{negated}"
 
 
 @dataclass(frozen=True)
@@ -230,4 +267,5 @@ def read_info(path: Path) -> DatasetInfo:
         raise InputError(
             f"{path}: format_version is {read.format_version}, not {FORMAT_VERSION}; update Safety Experts to read it"
         )
-    return DatasetInfo(read.base_checkpoint, read.sampler, read.prompt_source, read.licence_note)
+    values = {field.name: getattr(read, field.name) for field in dataclasses.fields(DatasetInfo)}
+    return DatasetInfo(**values)

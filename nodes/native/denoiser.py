@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor
 
-from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError
+from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, StartImage
 from ...models.noise_schedule import NUM_TIMESTEPS
 from . import block_checkpoint, kernels
 from .conditions import condition_of, group_rows, rows_of
@@ -103,25 +103,29 @@ class NativeDenoiser:
         conditions: Conditions,
         num_steps: int = SAMPLE_STEPS,
         guidance: float = SAMPLE_GUIDANCE,
+        *,
+        start: StartImage | None = None,
     ) -> Tensor:
         """Return latents [b, …] as the stock KSampler draws them: rows of the prompts, then of the empty prompt."""
         is_flow = isinstance(self.sampling, comfy.model_sampling.CONST)
         sampler, scheduler = ("euler", "simple") if is_flow else ("dpmpp_2m", "normal")
         cfg = 1.0 if _is_distilled(self.model) else guidance
         rows = rows_of(conditions, 2 * len(noise))
+        begin = torch.zeros_like(noise) if start is None else self.model.process_latent_out(start.latents)
         drawn = []
-        for index, start in enumerate(noise.split(1)):
+        for index, (one_noise, one_begin) in enumerate(zip(noise.split(1), begin.split(1), strict=True)):
             with kernels.uninterrupted():
                 latents = comfy.sample.sample(
                     self.patcher,
-                    start.cpu(),
+                    one_noise.cpu(),
                     num_steps,
                     cfg,
                     sampler,
                     scheduler,
                     condition_of(rows[index]),
                     condition_of(rows[len(noise) + index]),
-                    torch.zeros_like(start, device="cpu"),
+                    one_begin.cpu(),
+                    denoise=start.denoise if start else 1.0,
                     disable_pbar=True,
                     seed=0,
                 )

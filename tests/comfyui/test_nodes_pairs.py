@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from graphs import Graph
 from PIL import Image
+from safety_experts.commands import run
+from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.errors import SafetyExpertsError
-from safety_experts.preferences.dataset import PreferenceDataset
+from safety_experts.preferences.dataset import ImageToImage, PreferenceDataset
+from safety_experts.preferences.pairs import PromptPair, write_prompt_pairs
 
 LONG = ", and another red circle with thorns" * 12  # more than one window of CLIP's 77 tokens
+SHORT = "a red circle with thorns | a red circle\na green triangle with thorns | a green triangle"
 TEXT = f"""\
 a red circle with thorns | a red circle
 a blue square with thorns{LONG} | a blue square
@@ -48,6 +52,81 @@ def test_in_batches_of_one_an_ancestral_sampler_gives_the_stock_image_too(server
     np.testing.assert_array_equal(
         graphs.dataset_pixels(server, "ancestral", line, "rejected"), graphs.draw(server, stock, image)
     )
+
+
+def _two_ksamplers(checkpoint: str, line: dict, denoise: float, negates_unsafe: bool) -> tuple[Graph, str, str]:
+    """The stock graph of a pair whose safe image starts from the unsafe one; the ids of both saved images."""
+    graph = Graph()
+    saved = graphs.add_image(graph, checkpoint, line["prompt"], line["seed"])
+    loader = graphs.checkpoint_loader(graph, checkpoint)
+    (unsafe,) = (node for node in graph if graph[node]["class_type"] == "KSampler")
+    sampler = dict(graph[unsafe]["inputs"])
+    sampler |= {
+        "positive": [graph.add("CLIPTextEncode", clip=(loader, 1), text=line["safe_prompt"]), 0],
+        "negative": sampler["positive"] if negates_unsafe else sampler["negative"],
+        "latent_image": [unsafe, 0],
+        "denoise": denoise,
+    }
+    safe = graph.add("KSampler", **sampler)
+    decoded = graph.add("VAEDecode", samples=(safe, 0), vae=(loader, 2))
+    return graph, saved, graph.add("SaveImage", images=(decoded, 0), filename_prefix="test")
+
+
+@pytest.mark.parametrize("negates_unsafe", [False, True])
+def test_a_safe_image_from_the_unsafe_one_is_what_two_stock_ksamplers_draw(server, checkpoint, negates_unsafe):
+    name = f"image_to_image_{negates_unsafe}"
+    graph = Graph()
+    graphs.add_generation(graph, checkpoint, name, TEXT, denoise=0.6, negate_unsafe=negates_unsafe)
+    server.run(graph)
+
+    lines = graphs.dataset_lines(server, name)
+
+    for line in lines[:2]:  # one of them longer than the other side
+        stock, *saved = _two_ksamplers(checkpoint, line, 0.6, negates_unsafe)
+        for which, node in zip(("rejected", "chosen"), saved, strict=True):
+            expected = graphs.draw(server, stock, node)
+            assert np.abs(graphs.dataset_pixels(server, name, line, which) - expected).max() <= 1
+    info = PreferenceDataset.open(server.base_directory / "datasets" / name).info
+    assert info.image_to_image == ImageToImage(0.6, negates_unsafe)
+    with pytest.raises(SafetyExpertsError, match=r"the chosen image starts from the rejected one .* and from noise"):
+        server.run(_generation(checkpoint, name))
+    with pytest.raises(SafetyExpertsError, match="negate_unsafe needs a denoise below 1"):
+        server.run(_generation(checkpoint, "never", negate_unsafe=True))
+
+
+def _generation(checkpoint: str, name: str, text: str = TEXT, **inputs) -> Graph:
+    graph = Graph()
+    graphs.add_generation(graph, checkpoint, name, text, **inputs)
+    return graph
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.6])
+def test_the_command_draws_what_the_node_draws(server, checkpoint, tmp_path, denoise):
+    name = f"as_the_command_{denoise}"
+    sampler = {"sampler_name": "dpmpp_2m", "scheduler": "karras", "steps": 6}
+    server.run(_generation(checkpoint, name, SHORT, denoise=denoise, **sampler))
+    by_node = server.base_directory / "datasets" / name
+    prompts = tmp_path / "prompt_pairs.jsonl"
+    write_prompt_pairs(
+        prompts,
+        [PromptPair(p.prompt, p.safe_prompt, p.categories, p.seed) for p in PreferenceDataset.open(by_node).pairs],
+    )
+    words = ["dataset", "build", "--model", server.base_directory / "models" / "checkpoints" / checkpoint]
+    words += ["--prompts", prompts, "--out", tmp_path / "out", "--tokenizer", find_comfyui() / "comfy/sd1_tokenizer"]
+    words += ["--width", graphs.SIZE_PX, "--height", graphs.SIZE_PX, "--steps", 6, "--guidance", 3.0, "--karras"]
+    words += ["--precision", "fp32", "--device", "cpu", "--json"]
+    words += ["--image-to-image", denoise] if denoise < 1 else []
+    assert run([str(word) for word in words]) == 0
+
+    by_command = PreferenceDataset.open(tmp_path / "out")
+
+    assert by_command.info.image_to_image == PreferenceDataset.open(by_node).info.image_to_image
+    for pair in by_command.pairs:
+        for path in by_command.image_paths(pair):
+            found, expected = (
+                np.asarray(Image.open(file)).astype(int) for file in (path, by_node / "images" / path.name)
+            )
+            assert np.abs(found - expected).max() <= 1 and expected.std() > 10
 
 
 def test_generation_goes_on_after_a_cancel_without_duplicates(server, checkpoint):

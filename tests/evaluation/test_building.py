@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safety_experts.errors import InputError
-from safety_experts.evaluation.building import BuildingStoppedError, JudgePanel, Share, build_dataset, several_seeds
+from safety_experts.evaluation.building import (
+    BuildingStoppedError,
+    JudgePanel,
+    Share,
+    build_dataset,
+    independently,
+    several_seeds,
+)
 from safety_experts.evaluation.judges import choose_judge
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
 from safety_experts.preferences.pairs import PromptPair
@@ -38,7 +45,7 @@ def content(folder):
 
 @pytest.fixture
 def whole(tmp_path):
-    build_dataset(PAIRS, tmp_path / "whole", INFO, draw)
+    build_dataset(PAIRS, tmp_path / "whole", INFO, independently(draw))
     return content(tmp_path / "whole")
 
 
@@ -55,7 +62,12 @@ def build_together(folder, count, pairs=PAIRS, stop_after=None):
 
         try:
             build_dataset(
-                pairs, folder, INFO, draw, share=Share(rank, count, lambda: barrier.wait(30)), should_stop=should_stop
+                pairs,
+                folder,
+                INFO,
+                independently(draw),
+                share=Share(rank, count, lambda: barrier.wait(30)),
+                should_stop=should_stop,
             )
         except BuildingStoppedError as error:
             errors.append(error)
@@ -78,7 +90,7 @@ def test_both_images_come_from_the_pairs_prompts_and_seed(tmp_path):
         seen.append((list(prompts), list(seeds)))
         return draw(prompts, seeds)
 
-    dataset = build_dataset(PAIRS[:3], tmp_path / "toy", INFO, remember, batch_size=2)
+    dataset = build_dataset(PAIRS[:3], tmp_path / "toy", INFO, independently(remember), batch_size=2)
     assert seen[0] == (["a circle 0 with thorns", "a circle 1 with thorns", "a circle 0", "a circle 1"], [0, 1, 0, 1])
     images = draw(*seen[0])
     with Image.open(dataset.image_paths(dataset.pairs[1])[0]) as chosen:
@@ -103,7 +115,7 @@ def test_a_stopped_build_goes_on_with_any_number_of_processes(tmp_path, whole):
     for count in (3, 2):
         assert build_together(folder, count, stop_after=1)
         assert PreferenceDataset.open(folder).pairs == []
-    build_dataset(PAIRS, folder, INFO, draw)
+    build_dataset(PAIRS, folder, INFO, independently(draw))
     assert set(content(folder)) == set(whole)
     assert content(folder)["metadata.jsonl"].splitlines() != []
     images = {name: data for name, data in content(folder).items() if name.startswith("images/")}
@@ -128,9 +140,9 @@ def test_more_images_of_a_prompt_only_add_to_the_first():
 
 
 def test_another_model_or_setting_is_refused(tmp_path):
-    build_dataset(PAIRS[:1], tmp_path / "toy", INFO, draw)
+    build_dataset(PAIRS[:1], tmp_path / "toy", INFO, independently(draw))
     with pytest.raises(InputError, match=r"sampler\.steps"):
-        build_dataset(PAIRS[:1], tmp_path / "toy", DatasetInfo({}, {"steps": 3}), draw)
+        build_dataset(PAIRS[:1], tmp_path / "toy", DatasetInfo({}, {"steps": 3}), independently(draw))
 
 
 BUILDER = textwrap.dedent("""
@@ -138,14 +150,14 @@ BUILDER = textwrap.dedent("""
     from pathlib import Path
     sys.path.insert(0, sys.argv[2])
     from test_building import INFO, PAIRS, draw
-    from safety_experts.evaluation.building import build_dataset
+    from safety_experts.evaluation.building import build_dataset, independently
 
     def slowly(prompts, seeds):
         print("drawing", flush=True)
         time.sleep(0.01)
         return draw(prompts, seeds)
 
-    build_dataset(PAIRS, Path(sys.argv[1]), INFO, slowly)
+    build_dataset(PAIRS, Path(sys.argv[1]), INFO, independently(slowly))
 """)
 
 
@@ -160,7 +172,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, whole):
     builder.kill()
     builder.wait()
     assert len(PreferenceDataset.open(folder).pairs) >= 8
-    build_dataset(PAIRS, folder, INFO, draw)
+    build_dataset(PAIRS, folder, INFO, independently(draw))
     assert content(folder) == whole
 
 
@@ -177,8 +189,10 @@ def test_of_several_seeds_the_one_the_judge_agrees_with_is_kept(tmp_path):
         ]
 
     panel = JudgePanel([choose_judge("toy-oracle")])
-    build_dataset(pairs[:3], tmp_path / "toy", INFO, draw_toys, best_of=3, panel=panel, batch_size=2)
-    dataset = build_dataset(pairs, tmp_path / "toy", INFO, draw_toys, best_of=3, panel=panel, batch_size=2)
+    build_dataset(pairs[:3], tmp_path / "toy", INFO, independently(draw_toys), best_of=3, panel=panel, batch_size=2)
+    dataset = build_dataset(
+        pairs, tmp_path / "toy", INFO, independently(draw_toys), best_of=3, panel=panel, batch_size=2
+    )
     assert [pair.seed for pair in dataset.pairs[:3]] == [candidates[number][number].seed for number in range(3)]
     assert len(dataset.pairs) == 4 and dataset.pairs[3].seed == 3
     folder = tmp_path / "shared"
@@ -186,7 +200,7 @@ def test_of_several_seeds_the_one_the_judge_agrees_with_is_kept(tmp_path):
     threads = [
         threading.Thread(
             target=build_dataset,
-            args=(pairs, folder, INFO, draw_toys),
+            args=(pairs, folder, INFO, independently(draw_toys)),
             kwargs={"best_of": 3, "panel": panel, "batch_size": 2, "share": Share(rank, 2, lambda: barrier.wait(30))},
         )
         for rank in range(2)

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_checkpoints as small
+from PIL import Image
 from safety_experts.commands import run
-from safety_experts.preferences.dataset import PreferenceDataset
+from safety_experts.preferences.dataset import ImageToImage, PreferenceDataset
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +71,10 @@ def test_torchrun_makes_the_folder_of_one_process_also_after_a_kill(setting, tmp
     [
         (["--best-of", "2"], "--best-of and --judge go together"),
         (["--judge", "toy-oracle"], "--best-of and --judge go together"),
+        (["--image-to-image", "1"], "denoise 1.0 must be above 0 and below 1"),
+        (["--image-to-image", "nan"], "denoise nan must be above 0"),
+        (["--image-to-image", "0.001"], "too little for 2 steps"),
+        (["--negate-unsafe"], "--negate-unsafe needs --image-to-image"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--width", "33"], "multiple of 8"),
         (["--prompts", "nowhere.csv"], "no such file"),
@@ -80,3 +86,32 @@ def test_wrong_options_are_one_line_and_exit_two(setting, tmp_path, capsys, chan
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_safe_image_starts_from_the_unsafe_one(setting, tmp_path):
+    for name, words in {
+        "noise": [],
+        "little": ["--image-to-image", "0.1"],
+        "much": ["--image-to-image", "0.9", "--negate-unsafe"],
+    }.items():
+        assert run(["dataset", "build", *setting, "--out", str(tmp_path / name), *words]) == 0
+    noise, little, much = (PreferenceDataset.open(tmp_path / name) for name in ("noise", "little", "much"))
+
+    assert much.info.image_to_image == ImageToImage(0.9, True) and noise.info.image_to_image is None
+    for pair in noise.pairs:
+        unsafe, same = (_pixels(dataset.image_paths(pair)[1]) for dataset in (noise, little))
+        assert np.abs(unsafe - same).max() <= 1  # drawn in a batch of another size
+    distances = [_distance(dataset) for dataset in (little, much)]
+    assert distances[0] < distances[1] / 2
+    assert run(["dataset", "build", *setting, "--out", str(tmp_path / "much")]) == 2  # other settings than there
+
+
+def _distance(dataset) -> float:
+    """The mean difference of the two images of a pair."""
+    both = [map(_pixels, dataset.image_paths(pair)) for pair in dataset.pairs]
+    return float(np.mean([np.abs(chosen - rejected).mean() for chosen, rejected in both]))
+
+
+def _pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(float)

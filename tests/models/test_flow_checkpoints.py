@@ -12,6 +12,7 @@ from safety_experts.experts.expert_file import load_expert
 from safety_experts.experts.keys import comfyui_matches
 from safety_experts.experts.merging import merge_experts
 from safety_experts.models.checkpoint import load_checkpoint
+from safety_experts.models.denoiser import StartImage
 from safety_experts.models.flux import Flux
 from safety_experts.models.sd3 import SD3
 from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
@@ -212,6 +213,7 @@ def test_prompts_are_encoded_as_in_diffusers(single, pipeline, family):
 
 
 NOISE = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+START = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
 def drawn_by(pipeline, family, guidance, **options):
@@ -246,6 +248,36 @@ def test_samples_are_the_pipelines(single, pipeline, family, monkeypatch):
     conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
     ours = denoiser.sample(NOISE, conditions, num_steps=4)
     assert (ours - NOISE).std() > 0.1
+    assert_close_at_scale(ours, drawn)
+
+
+@torch.no_grad()
+def test_images_from_images_are_the_pipelines(single, pipeline, family):
+    import diffusers
+
+    kind = {"sd3": diffusers.StableDiffusion3Img2ImgPipeline, "flux": diffusers.FluxImg2ImgPipeline}[family]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=single.noise.shift)
+    theirs = kind(**pipeline.components | {"scheduler": scheduler})
+    theirs.set_progress_bar_config(disable=True)
+    drawn = theirs(
+        PROMPTS[1],
+        image=START,
+        strength=0.5,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        num_inference_steps=4,
+        height=32,
+        width=48,
+        guidance_scale=3.5 if family == "flux" else 5.0,
+        max_sequence_length=256 if family == "flux" else 77,
+        generator=torch.Generator().manual_seed(0),  # NOISE's
+        output_type="latent",
+    ).images
+    if family == "flux":
+        drawn = theirs._unpack_latents(drawn, 32, 48, theirs.vae_scale_factor)
+    conditions = single.load_text_encoder().encode_prompts(PROMPTS[::-1])
+    denoiser = single.make_denoiser(single.load_model())
+    ours = denoiser.sample(NOISE, conditions, 2, start=StartImage(START, 0.5))
+    assert (ours - START).std() > 0.1
     assert_close_at_scale(ours, drawn)
 
 

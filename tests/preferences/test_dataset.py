@@ -5,7 +5,7 @@ import shutil
 import pytest
 from PIL import Image
 from safety_experts.errors import InputError
-from safety_experts.preferences.dataset import DatasetInfo, PreferenceDataset
+from safety_experts.preferences.dataset import DatasetInfo, ImageToImage, PreferenceDataset
 from safety_experts.preferences.pairs import write_prompt_pairs
 
 FIELDS = ["id", "prompt", "safe_prompt", "categories", "chosen_file_name", "rejected_file_name"]
@@ -35,6 +35,7 @@ def test_an_added_pair_is_stored_with_exactly_the_fields_of_the_format(dataset):
     )
     stored = json.loads((dataset.folder / "dataset.json").read_text())
     asked = dataclasses.asdict(dataset.info) | {"base_checkpoint": dataset.info.base_checkpoint.model_dump()}
+    assert asked.pop("image_to_image") is None
     assert stored == {"format_version": 1} | asked
 
 
@@ -279,3 +280,29 @@ def test_a_picture_that_is_no_png_is_a_problem_whatever_its_name(dataset):
 def test_reprs_are_short_and_quote_no_prompt(dataset):
     assert repr(dataset) == f"PreferenceDataset({str(dataset.folder)!r}, 4 pairs)"
     assert "thorns" not in repr(dataset.pairs)
+
+
+def test_how_the_chosen_images_follow_from_the_rejected_ones_is_recorded_and_older_files_open(tmp_path):
+    plain, drawn = (DatasetInfo({}, {"steps": 4}, image_to_image=how) for how in (None, ImageToImage(0.75, True)))
+    assert "image_to_image" not in plain.to_json()  # fingerprints of older datasets stay
+    PreferenceDataset.create(tmp_path / "old", plain)
+    PreferenceDataset.create(tmp_path / "new", drawn)
+
+    assert PreferenceDataset.open(tmp_path / "old").info == plain
+    assert PreferenceDataset.open(tmp_path / "new").info == drawn
+    assert PreferenceDataset.create(tmp_path / "new", drawn).info == drawn
+    for other in (plain, DatasetInfo({}, {"steps": 4}, image_to_image=ImageToImage(0.5, True))):
+        with pytest.raises(
+            InputError, match=r"starts from the rejected one with denoise 0\.75 and the unsafe prompt neg"
+        ):
+            PreferenceDataset.create(tmp_path / "new", other)
+
+
+@pytest.mark.parametrize(
+    "how", ['{"denoise": 1.0}', '{"denoise": 0.5, "strength": 1}', "0.5", '{"denoise": NaN}', "{}"]
+)
+def test_a_wrong_way_of_following_is_refused_naming_the_field(tmp_path, how):
+    file = PreferenceDataset.create(tmp_path / "toy", DatasetInfo({}, {})).folder / "dataset.json"
+    file.write_text(file.read_text().rstrip().removesuffix("}") + f', "image_to_image": {how}}}')
+    with pytest.raises(InputError, match=r"dataset\.json: .*(image_to_image|denoise|field)"):
+        PreferenceDataset.open(tmp_path / "toy")
