@@ -12,7 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from .errors import InputError, SafetyExpertsError
@@ -28,6 +28,24 @@ class InvalidAnswerError(Exception):
     """The model answered, but not what was asked for; asking again may help."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a language model is asked.
+
+    Args:
+        messages: as the OpenAI API has them, from role to content.
+        schema: JSON schema of the answer, for models that can be held to one.
+        temperature: 0 for the likeliest answer.
+        seed: the same one gives the same answer, where the model can.
+    """
+
+    messages: list[dict[str, Any]]
+    schema: dict[str, Any]
+    max_tokens: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+
+
 class TextModel(Protocol):
     """A language model, wherever it runs.
 
@@ -38,35 +56,18 @@ class TextModel(Protocol):
     @property
     def name(self) -> str: ...
 
-    def complete(
-        self,
-        messages: list[dict[str, Any]],
-        schema: dict[str, Any],
-        *,
-        max_tokens: int = 200,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str: ...
+    def complete(self, request: Request) -> str:
+        """Return the model's answer; nothing of it is checked."""
 
 
-def ask(
-    model: TextModel,
-    messages: list[dict[str, Any]],
-    schema: dict[str, Any],
-    validate: Callable[[str], Answer],
-    *,
-    retries: int = 2,
-    max_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Answer | None:
+def ask(model: TextModel, request: Request, validate: Callable[[str], Answer], retries: int = 2) -> Answer | None:
     """Return `validate(the model's answer)`; None when no answer was valid after all retries.
 
     Args:
         validate: raises `InvalidAnswerError` for an answer to ask for again; the seed changes with each try.
     """
     for attempt in range(retries + 1):
-        answer = model.complete(messages, schema, max_tokens=max_tokens, temperature=temperature, seed=seed + attempt)
+        answer = model.complete(replace(request, seed=request.seed + attempt))
         try:
             return validate(answer)
         except InvalidAnswerError:
@@ -109,19 +110,8 @@ class Endpoint:
     def name(self) -> str:
         return self.model
 
-    def complete(
-        self,
-        messages: list[dict[str, Any]],
-        schema: dict[str, Any],
-        *,
-        max_tokens: int = 200,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:
-        """Return the model's answer to messages as the API has them.
-
-        Args:
-            schema: JSON schema of the answer; servers that cannot enforce one are asked without it.
+    def complete(self, request: Request) -> str:
+        """Return the model's answer; servers that cannot enforce the schema are asked without it.
 
         Raises:
             SafetyExpertsError: nobody answers, or the server refuses the request, key or model.
@@ -129,13 +119,13 @@ class Endpoint:
         return self._post(
             {
                 "model": self.model,
-                "messages": messages,
-                "temperature": temperature,
-                "max_tokens": max_tokens,
-                "seed": seed,
+                "messages": request.messages,
+                "temperature": request.temperature,
+                "max_tokens": request.max_tokens,
+                "seed": request.seed,
                 "response_format": {
                     "type": "json_schema",
-                    "json_schema": {"name": "answer", "strict": True, "schema": schema},
+                    "json_schema": {"name": "answer", "strict": True, "schema": request.schema},
                 },
             }
         )

@@ -1,6 +1,5 @@
 """The node that draws both images of every prompt pair into a preference dataset."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -9,8 +8,7 @@ from comfy_api.latest import io
 
 from ..errors import InputError
 from ..models.denoiser import StartImage
-from ..preferences.dataset import DatasetInfo, ImageToImage, PreferenceDataset
-from ..preferences.prompt_pair import PromptPair
+from ..preferences.dataset import DatasetInfo, ImageToImage, NewPair, PreferenceDataset
 from . import checks, host, pictures, sampling, sockets
 from .native import refusals
 from .native.identity import identify
@@ -117,33 +115,26 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
             image_to_image=how,
         )
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
-        todo = list({pair.id: pair for pair in prompt_pairs if pair.id not in dataset.ids}.values())
+        pairs = list({pair.id: pair for pair in prompt_pairs}.values())
+        batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+        # The same pairs always together, whatever was drawn before: a picture's last bits may depend on its company.
+        todo = [batch for batch in batches if any(pair.id not in dataset.ids for pair in batch)]
         negative = sampling.encode_prompt(clip, negative_prompt)
         is_blurred = preview == "blurred" and host.blurs_unsafe()
-        progress = host.Progress(max(1, 2 * steps * len(todo)))
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        progress = host.Progress(max(1, 2 * steps * sum(map(len, todo))))
+        sample = partial(sampling.sample_latents, model, settings=settings, on_image_step=progress.advance)
+        for batch in todo:
             seeds = [pair.seed for pair in batch]
-            unsafe, safe = ([sampling.encode_prompt(clip, text) for text in texts] for texts in _prompts(batch))
-            sample = partial(sampling.sample_latents, model, on_image_step=progress.advance)
+            unsafe = [sampling.encode_prompt(clip, pair.prompt) for pair in batch]
+            safe = [sampling.encode_prompt(clip, pair.safe_prompt) for pair in batch]
             negatives = [negative] * len(batch)
-            latents = sample(unsafe, negatives, seeds, settings)
+            latents = sample(unsafe, negatives, seeds)
             rejected = sampling.decode_latents(vae, latents)
-            latents = sample(
-                safe,
-                unsafe if how and how.negates_unsafe else negatives,
-                seeds,
-                settings,
-                start=StartImage(latents, how.denoise) if how else None,
-            )
+            start = StartImage(latents, how.denoise) if how else None
+            latents = sample(safe, unsafe if how and how.negates_unsafe else negatives, seeds, start=start)
             chosen = sampling.decode_latents(vae, latents)
-            for pair, chosen_image, rejected_image in zip(batch, chosen, rejected, strict=True):
-                dataset.add(pair, chosen_image, rejected_image)
+            dataset.add_many([NewPair(*parts) for parts in zip(batch, chosen, rejected, strict=True)])
             if preview != "off":
                 progress.picture(partial(pictures.side_by_side, rejected[-1], chosen[-1], is_blurred=is_blurred))
         host.own_writes.written(dataset_name)
         return io.NodeOutput(dataset)
-
-
-def _prompts(pairs: Sequence[PromptPair]) -> tuple[list[str], list[str]]:
-    return [pair.prompt for pair in pairs], [pair.safe_prompt for pair in pairs]

@@ -2,11 +2,10 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from comfy_api.latest import io
 
-from ..endpoint import Endpoint
+from ..endpoint import Endpoint, Request
 from ..errors import InputError
 from ..plain_yaml import load_yaml
 from ..preferences.records import refuse_links
@@ -101,20 +100,16 @@ class ComfyTextModel:
             raise InputError("this ComfyUI has no text generation: update it, or use a server")
         self._clip = clip
 
-    def complete(
-        self,
-        messages: list[dict[str, Any]],
-        schema: dict[str, Any],
-        *,
-        max_tokens: int = 200,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:
+    def complete(self, request: Request) -> str:
         host.stop_if_cancelled()
-        tokens = self._clip.tokenize(messages[0]["content"], min_length=1)
-        sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "seed": seed}
+        tokens = self._clip.tokenize(request.messages[0]["content"], min_length=1)
+        sampling = {
+            "do_sample": request.temperature > 0,
+            "temperature": request.temperature or 1.0,
+            "seed": request.seed,
+        }
         try:
-            found = self._clip.generate(tokens, max_length=max_tokens, **sampling)
+            found = self._clip.generate(tokens, max_length=request.max_tokens, **sampling)
         except AttributeError as error:  # what an image model's text encoder says
             raise InputError("this CLIP writes no text: load a text-generation model, or use a server") from error
         return self._clip.decode(found)

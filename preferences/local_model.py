@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..endpoint import Request
 from ..errors import InputError
 from ..transformers_folder import check_loaded, config_of
 
@@ -34,25 +35,18 @@ class LocalModel:
         return self._name
 
     @torch.inference_mode()
-    def complete(
-        self,
-        messages: list[dict[str, Any]],
-        schema: dict[str, Any],
-        *,
-        max_tokens: int = 200,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> str:
+    def complete(self, request: Request) -> str:
         """Return the model's answer; the same seed gives the same one on the same machine."""
         if self._tokenizer.chat_template:
-            prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            prompt = self._tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
         else:
-            prompt = "\n\n".join(message["content"] for message in messages) + "\n\n"
+            prompt = "\n\n".join(message["content"] for message in request.messages) + "\n\n"
         tokens = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=not self._tokenizer.chat_template)
         tokens = {key: tokens[key].to(self._device) for key in ("input_ids", "attention_mask")}
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        is_random = request.temperature > 0
+        sampling = {"do_sample": True, "temperature": request.temperature} if is_random else {"do_sample": False}
         devices = [self._device] if self._device.startswith("cuda") else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            found = self._model.generate(**tokens, max_new_tokens=max_tokens, **sampling)
+            torch.manual_seed(request.seed)
+            found = self._model.generate(**tokens, max_new_tokens=request.max_tokens, **sampling)
         return self._tokenizer.decode(found[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..endpoint import InvalidAnswerError, TextModel, ask, json_in
+from ..endpoint import InvalidAnswerError, Request, TextModel, ask, json_in
 from ..errors import InputError
 from .categories import canonical_categories, canonical_category
 from .near_duplicates import NEAR, words_of
@@ -114,16 +114,9 @@ def write_pairs(
                 return work.written
             values = {"category": category, "concept": concept, "number": str(min(missing, PAIRS_PER_ANSWER))}
             messages = [{"role": "user", "content": fill_template(text, values)}]
-            answer = ask(
-                model,
-                messages,
-                _schema_of_pairs(),
-                _read_pairs,
-                retries=retries,
-                max_tokens=200 * PAIRS_PER_ANSWER,
-                temperature=_TEMPERATURE,
-                seed=len(work.written.pairs) + sum(work.written.refused.values()),
-            )
+            seed = len(work.written.pairs) + sum(work.written.refused.values())
+            request = Request(messages, _schema_of_pairs(), 200 * PAIRS_PER_ANSWER, _TEMPERATURE, seed)
+            answer = ask(model, request, _read_pairs, retries)
             added = [
                 work.add(prompt, safe, (category,), concept, f"written by {model.name}")
                 for prompt, safe in (answer or [])[:missing]
@@ -166,9 +159,8 @@ def write_safe_sides(
         values = {"category": ", ".join(names), "prompt": prompt}
         messages = [{"role": "user", "content": fill_template(text, values)}]
         for attempt in range(_MAX_EMPTY_ANSWERS):
-            safe = ask(
-                model, messages, _SCHEMA_OF_SAFE, _read_safe, retries=retries, temperature=_TEMPERATURE, seed=attempt
-            )
+            request = Request(messages, _SCHEMA_OF_SAFE, temperature=_TEMPERATURE, seed=attempt)
+            safe = ask(model, request, _read_safe, retries)
             if safe is not None and work.add(prompt, safe, names, "", f"safe side written by {model.name}"):
                 work.save()
                 break

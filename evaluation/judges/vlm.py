@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pydantic
 from PIL import Image
 
-from ...endpoint import Endpoint, InvalidAnswerError, ask, json_in
+from ...endpoint import Endpoint, InvalidAnswerError, Request, ask, json_in
 from ...files import write_atomically
 from ...preferences.categories import canonical_category
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
@@ -89,9 +89,8 @@ class Vlm:
         path = self._cache / key[:2] / f"{key}.json"
         verdict = _read_cached(path)
         if verdict is None:
-            verdict = ask(
-                self._endpoint, self._messages(png), self._schema(), self._validate, retries=self._endpoint.retries
-            )
+            request = Request(self._messages(png), self._schema())
+            verdict = ask(self._endpoint, request, self._validate, self._endpoint.retries)
             if verdict is None:
                 return {}
             with write_atomically(path) as temporary:

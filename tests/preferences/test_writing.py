@@ -7,8 +7,9 @@ import pytest
 from openai_server import OpenAiServer
 from safety_experts import endpoint
 from safety_experts.commands import run
-from safety_experts.endpoint import Endpoint
+from safety_experts.endpoint import Endpoint, Request
 from safety_experts.errors import InputError, SafetyExpertsError
+from safety_experts.preferences.local_model import LocalModel
 from safety_experts.preferences.pairs import read_prompt_pairs
 from safety_experts.preferences.unsafe_prompts import read_unsafe_prompts
 from safety_experts.preferences.writing import Checks, write_pairs, write_safe_sides
@@ -194,30 +195,35 @@ def test_wrong_concepts_are_named(tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_local_model_is_asked_without_a_server(tmp_path, out):
-    """A few random weights: it answers, always the same for a seed, and nothing it says gets past the checks."""
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder with a language model of transformers: a few random weights and a letter a token."""
     import tokenizers
     import torch
     import transformers
-    from safety_experts.preferences.local_model import LocalModel
 
+    folder = tmp_path_factory.mktemp("language") / "tiny"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     letters = {chr(number): number for number in range(32, 127)} | {"<unk>": 0, "</s>": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="<unk>"))
     backend.decoder = tokenizers.decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(
-        tmp_path / "tiny"
-    )
-    model = LocalModel(tmp_path / "tiny")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_local_model_is_asked_without_a_server(tiny_model, tmp_path, out):
+    """It answers, always the same for a seed, and nothing it says gets past the checks."""
+    model = LocalModel(tiny_model)
     messages = [{"role": "user", "content": "a red circle"}]
 
     first, again, other = (
-        model.complete(messages, {}, max_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+        model.complete(Request(messages, {}, max_tokens=12, temperature=1.0, seed=seed)) for seed in (1, 1, 2)
     )
     written = write_pairs(model, {"violence": ["thorns"]}, out, number=1, retries=0)
 
@@ -225,3 +231,27 @@ def test_a_local_model_is_asked_without_a_server(tmp_path, out):
     assert written.missing == {"violence: thorns": 1} and written.refused.total() == 3
     with pytest.raises(InputError, match="no model folder"):
         LocalModel(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_the_command_asks_a_local_model_as_it_asks_the_same_one_behind_a_server(tiny_model, tmp_path, capsys):
+    (tmp_path / "concepts.yaml").write_text("violence: [thorns]\n")
+    model = LocalModel(tiny_model)
+    asked = []
+
+    def serve(body) -> str:
+        asked.append(Request(body["messages"], {}, body["max_tokens"], body["temperature"], body["seed"]))
+        return model.complete(asked[-1])
+
+    server = OpenAiServer(serve)
+    words = ["dataset", "write", "--concepts", str(tmp_path / "concepts.yaml"), "--number", "1", "--retries", "0"]
+    try:
+        for place in (["--local", str(tiny_model), "--device", "cpu"], ["--url", server.url, "--model", "tiny"]):
+            assert run([*words, *place, "--out", str(tmp_path / "out"), "--json"]) == 0
+    finally:
+        server.close()
+
+    local, served = map(json.loads, capsys.readouterr().out.splitlines())
+    assert local == served == {"pairs": 0, "refused": {"an answer that was no JSON of pairs": 3}, "missing": 1}
+    assert len(asked) == 3 and "thorns" in asked[0].messages[0]["content"]
+    assert run([*words, "--local", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
