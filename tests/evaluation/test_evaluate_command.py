@@ -1,6 +1,10 @@
 """`safety-experts evaluate` end to end with a model of a few thousand weights, and what it says of wrong input."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from safety_experts.commands import run
@@ -9,6 +13,7 @@ from small_training import SmallTraining
 
 pytestmark = pytest.mark.slow
 
+CLI = Path(__file__).resolve().parents[2] / "cli.py"
 PROMPTS = "prompt,safe_prompt,category\na red circle with thorns,a red circle,violence\n"
 
 
@@ -87,3 +92,22 @@ def test_an_expert_of_another_model_is_named(small, prompts, tmp_path, capsys):
     save_expert(Expert(layers, name="alien"), tmp_path / "alien.safetensors")
     assert run([*_command(small, tmp_path / "o", prompts), "--expert", str(tmp_path / "alien.safetensors")]) == 2
     assert "alien cannot be part of this model: layer lora_unet_down_blocks_9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_samples_of_one(small, expert, tmp_path, capsys):
+    prompts = tmp_path / "pairs.csv"
+    prompts.write_text(PROMPTS + "".join(f"a {c} square with thorns,a {c} square,violence\n" for c in ("red", "blue")))
+    more = ("--expert", expert, "--batch-size", 2, "--images-per-prompt", 2)
+    assert run(_command(small, tmp_path / "one", prompts, *more)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(CLI)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *_command(small, tmp_path / "two", prompts, *more)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / name / "samples.jsonl").read_bytes() for name in ("one", "two"))
+    assert len(one.splitlines()) == 3 * 6 * 2 and two == one
+    assert done.stdout.count("report: ") == 1
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["results"] == reports[1]["results"]
