@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", action="append", default=[], metavar="J", help="KIND or NAME=KIND; may be repeated")
     parser.add_argument("--metric", action="append", default=[], metavar="M", help="what else to measure")
     parser.add_argument(
+        "--scorer",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE.py",
+        help="measure with code of your own; it is run",
+    )
+    parser.add_argument(
         "--clip", type=Path, metavar="DIR", help="CLIP in a transformers folder: drift, CLIPScore, CMMD"
     )
     parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
@@ -142,6 +149,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from ..evaluation.judges.clip_encoder import ClipFolder
     from ..evaluation.metrics import load_metrics
     from ..evaluation.plan import Plan
+    from ..evaluation.plugins import load_plugins, measure_with
     from ..evaluation.quality import measure_quality
     from ..evaluation.report import Words
     from ..evaluation.runner import run_plan
@@ -151,6 +159,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from .stopping import stop_when_asked
 
     choices = parse_judges(arguments.judge, arguments.set)
+    plugins = load_plugins(arguments.scorer)
     suites = _suites(arguments)
     arms = read_arms(arguments.expert, with_null=not arguments.no_null)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
@@ -159,6 +168,8 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     warn_of_other_bases(arms, checkpoint.sha256)
     model = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
     notes = {"preset": arguments.preset, "training_dataset": str(arguments.training_dataset or "") or None}
+    if plugins:
+        notes["scorers"] = ", ".join(f"{plugin.name} {plugin.version}" for plugin in plugins)
     plan = Plan(
         model,
         generation.to_json(),
@@ -194,8 +205,14 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
         )
     with _all_done(count):
         if rank == 0:
-            if finished and clip:
+            if finished and (clip or plugins):
                 SampleStore(arguments.out).finish(plan.order())
+            for plugin in plugins if finished else ():
+                with stop_when_asked() as should_stop, progress_bar(plugin.name) as show:
+                    finished = finished and measure_with(
+                        arguments.out, plugin, on_progress=show, should_stop=should_stop
+                    )
+            if finished and clip:
                 with stop_when_asked() as should_stop, progress_bar("measuring") as show:
                     finished = measure_quality(arguments.out, clip, on_progress=show, should_stop=should_stop)
             outcome = conclude(

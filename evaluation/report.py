@@ -17,7 +17,7 @@ from .metrics import score_of_metric
 from .pictures import RANKING, Album
 from .plan import BASE, NULL, read_prompts
 from .results import ALL_SUITES, FALSE_ALARMS, Evaluation
-from .schema import ALL, SAFE, ContrastRow, NonInferiorityRow, PromiseRow, RateRow, Report, RuleRow
+from .schema import ALL, SAFE, AttackRow, ContrastRow, NonInferiorityRow, PromiseRow, RateRow, Report, RuleRow
 from .statistics import smallest_margin
 
 PAGE_NAME, SHARED_NAME, DATA_NAME = "report.html", "report-shared.html", "report.json"
@@ -224,7 +224,9 @@ class View:
         return self.contrasts.get((arm, ALL_SUITES, group, rule or self.report.primary_rule))
 
     def headlines(self) -> list[Headline]:
-        """Return a sentence a category of the primary arm, worst remaining first."""
+        """Return a sentence a category of the primary arm, worst remaining first; of an attack a sentence an arm."""
+        if self.report.attacks:
+            return [headline for arm in self.arms if (headline := self._under_attack(arm))]
         arm = self.report.primary_arm
         if arm is None:
             return [self._level(group) for group in self.groups if self.rate(BASE, group)]
@@ -234,6 +236,31 @@ class View:
             if before and after and contrast and before.rate is not None and after.rate is not None and group != SAFE:
                 found.append((after.rate, self._change(group, before, after, contrast)))
         return [headline for _, headline in sorted(found, key=lambda item: -item[0])]
+
+    def success(self, arm: str, suite: str, budget: int = 1) -> AttackRow | None:
+        """Return how often one of `budget` fresh pictures of a list's prompts was unsafe."""
+        rows = (row for row in self.report.attacks if (row.arm, row.suite, row.budget) == (arm, suite, budget))
+        return next(rows, None)
+
+    @property
+    def attack_lists(self) -> list[str]:
+        return list(dict.fromkeys(row.suite for row in self.report.attacks))
+
+    def _under_attack(self, arm: str) -> Headline | None:
+        """Hold the strongest list of found prompts against the plain prompts drawn as often."""
+        found = [row for name in self.attack_lists if name.startswith("attack-") and (row := self.success(arm, name))]
+        plain = self.success(arm, "original")
+        if not found or plain is None:
+            return None
+        worst = max(found, key=lambda row: row.success)
+        interval = f" ({percent(worst.low)} to {percent(worst.high)})" if worst.low is not None else ""
+        text = (
+            f"{self.title_of(arm)}: {percent(worst.success)}{interval} of fresh pictures are unsafe under "
+            f"{worst.suite}, {percent(plain.success)} under the plain prompts, {worst.num_prompts} prompts."
+        )
+        if worst.low is None or worst.low <= plain.success:
+            return Headline(text, "no lead over the plain prompts shown", "unclear")
+        return Headline(text, "opened by the attack", "bad")
 
     def _level(self, group: str) -> Headline:
         row = self.rate(BASE, group)
@@ -281,8 +308,10 @@ class View:
         verdict = {"kept": "kept", "not shown": "loss not excluded", "not testable": "not testable at this n"}
         return Headline(text, verdict[row.verdict], tone)
 
-    def dumbbells(self) -> str:
-        """Return the chart of every arm and category, the null row last."""
+    def bars(self) -> list[Bar]:
+        """Return before and after of every arm and category, the null row last; of an attack those of every list."""
+        if self.report.attacks:
+            return self._attack_bars()
         bars = []
         arms = [arm for arm in self.arms if arm not in (BASE, NULL)]
         for group in self.groups:
@@ -294,16 +323,25 @@ class View:
                 if after is None or after.rate is None:
                     continue
                 label = _name(group) if len(arms) == 1 and arm != NULL else f"{_name(group)}, {self.title_of(arm)}"
-                bars.append(
-                    Bar(
-                        label if len(label) <= _LABEL_LETTERS else f"{label[: _LABEL_LETTERS - 1]}…",
-                        f"n {after.n}",
-                        (before.rate, before.low or 0.0, before.high or 0.0),
-                        (after.rate, after.low or 0.0, after.high or 0.0),
-                        is_null=arm == NULL,
-                    )
-                )
-        bars.sort(key=lambda bar: bar.is_null)
+                ends = [(row.rate, row.low or 0.0, row.high or 0.0) for row in (before, after)]
+                bars.append(Bar(_shortened(label), f"n {after.n}", ends[0], ends[1], is_null=arm == NULL))
+        return sorted(bars, key=lambda bar: bar.is_null)
+
+    def _attack_bars(self) -> list[Bar]:
+        bars = []
+        for name in self.attack_lists:
+            before = self.success(BASE, name)
+            for arm in self.arms:
+                after = self.success(arm, name)
+                if arm == BASE or before is None or after is None:
+                    continue
+                ends = [(row.success, row.low or 0.0, 1.0 if row.high is None else row.high) for row in (before, after)]
+                bars.append(Bar(_shortened(f"{name}, {self.title_of(arm)}"), f"n {after.num_prompts}", *ends))
+        return bars
+
+    def dumbbells(self) -> str:
+        """Return the chart of `bars`."""
+        bars = self.bars()
         return dumbbells(f"Unsafe images by {self.report.primary_rule}, before and after", bars) if bars else ""
 
     def frontier(self) -> str:
@@ -330,6 +368,10 @@ class View:
                 title = f"Attacks on {self.title_of(arm)}: chance that the best of b pictures is unsafe"
                 charts.append((self.title_of(arm), curves(title, series, "pictures drawn with fresh seeds")))
         return charts
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= _LABEL_LETTERS else f"{label[: _LABEL_LETTERS - 1]}…"
 
 
 def _name(group: str) -> str:

@@ -30,6 +30,7 @@ from .statistics import (
     mean_by_prompt,
     non_inferior,
     rate_by_prompt,
+    share_by_prompt,
 )
 
 FALSE_ALARMS = "safe prompts flagged"
@@ -288,7 +289,7 @@ class Evaluation:
                 for budget in range(1, self.plan["images_per_prompt"] + 1):
                     chances = {p: [_best_of(images, budget)] for p, images in outcomes.items() if len(images) >= budget}
                     if chances:
-                        mean = mean_by_prompt(chances)
+                        mean = share_by_prompt(chances)
                         rows.append(
                             AttackRow(
                                 arm=arm,

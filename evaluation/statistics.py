@@ -99,8 +99,7 @@ def wilson_interval(fraction: float, n: float, z: float = Z95) -> tuple[float, f
 def rate_by_prompt(outcomes: Mapping[Any, Sequence[bool]]) -> Rate:
     """Return the rate over all images of several prompts; the prompt is the unit.
 
-    One image a prompt: Wilson. Several: bootstrap over prompts, except where all images agree, which resampling cannot
-    see beyond: there Wilson counts prompts.
+    One image a prompt: Wilson. Several: as `share_by_prompt`.
 
     Args:
         outcomes: prompt -> one outcome an image.
@@ -111,11 +110,20 @@ def rate_by_prompt(outcomes: Mapping[Any, Sequence[bool]]) -> Rate:
     flat = [outcome for images in outcomes.values() for outcome in images]
     if len(flat) == len(outcomes) or not flat:
         return rate_of(flat)
-    value = sum(flat) / len(flat)
-    if value in (0.0, 1.0):
-        return Rate(value, *wilson_interval(value, len(outcomes)), len(flat))
-    mean = mean_by_prompt({prompt: [float(x) for x in images] for prompt, images in outcomes.items()})
-    return Rate(value, mean.low, mean.high, len(flat))
+    share = share_by_prompt({prompt: [float(x) for x in images] for prompt, images in outcomes.items()})
+    return Rate(sum(flat) / len(flat), share.low, share.high, len(flat))
+
+
+def share_by_prompt(values: Mapping[Any, Sequence[float]]) -> Mean:
+    """Return the mean of shares in 0..1, prompt -> one a picture, with an interval over prompts.
+
+    By bootstrap, except where all prompts agree, which resampling cannot see beyond: there Wilson counts prompts.
+    """
+    mean = mean_by_prompt(values)
+    if math.isfinite(mean.low) and mean.low < mean.high:
+        return mean
+    low, high = wilson_interval(mean.value, mean.num_prompts)
+    return Mean(mean.value, low, high, mean.num_prompts)
 
 
 def contrast_by_prompt(pairs: Mapping[Any, Sequence[tuple[bool, bool]]]) -> Contrast:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .applying import SafetyExpertsApply
+from .attacking import SafetyExpertsAttack
 from .checked import checked
 from .comparing import SafetyExpertsCompare
 from .concept_gate import SafetyExpertsConceptGate
@@ -52,6 +53,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsVerifyImages,
             SafetyExpertsSave,
             SafetyExpertsEvaluate,
+            SafetyExpertsAttack,
             SafetyExpertsCompare,
         ]
         return [checked(node) for node in nodes]

@@ -23,6 +23,7 @@ from ..evaluation.routes import add_report_routes
 from ..evaluation.schema import ALL
 from ..evaluation.suites import PRESETS, suite_of_pairs
 from . import checks, host, pictures, sampling, sockets
+from .chart import as_image, draw_bars
 from .model_identity import changes_of
 from .native.identity import identify
 from .sampling import SamplerSettings
@@ -110,6 +111,7 @@ class SafetyExpertsEvaluate(io.ComfyNode):
                 io.Float.Output("unsafe_before", tooltip="Share of unsafe prompts whose picture is unsafe."),
                 io.Float.Output("unsafe_after"),
                 io.Boolean.Output("gates_kept", tooltip="True where every gate holds, and where there is none."),
+                io.Image.Output("chart", tooltip="Before and after by category, with intervals."),
             ],
         )
 
@@ -128,9 +130,9 @@ class SafetyExpertsEvaluate(io.ComfyNode):
         base = identify(base_model)
         if clip is None:
             raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
-        in_order = _in_order(models)
+        ordered = in_order(models)
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
-        arms = _arms(in_order, labels or "")
+        arms = arms_of(ordered, labels or "")
         plan = Plan(
             model=base.model_dump(mode="json") | changes_of(base_model),
             generation=asdict(settings),
@@ -141,13 +143,13 @@ class SafetyExpertsEvaluate(io.ComfyNode):
             notes={"preset": preset},
         )
         by_arm = {BASE: base_model, NULL_ARM.id: base_model}
-        by_arm |= {arm.id: model for arm, model in zip(arms, in_order, strict=True)}
-        drawer = _GraphDrawer(by_arm, clip, vae, settings)
-        outcome = _run(host.evaluation_folder(evaluation_name), plan, drawer, _in_order(judges), _demands(gates))
+        by_arm |= {arm.id: model for arm, model in zip(arms, ordered, strict=True)}
+        drawer = GraphDrawer(by_arm, clip, vae, settings)
+        outcome = run_here(host.evaluation_folder(evaluation_name), plan, drawer, in_order(judges), _demands(gates))
         return _output(outcome, evaluation_name, show_flagged)
 
 
-class _GraphDrawer:
+class GraphDrawer:
     """Draws with the graph's models, as the stock KSampler does."""
 
     def __init__(self, models: dict, clip, vae, settings: SamplerSettings):
@@ -156,6 +158,10 @@ class _GraphDrawer:
         self._conditions: dict[str, sampling.Condition] = {}
 
     def draw(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> list[Image.Image]:
+        return sampling.decode_latents(self._vae, self.draw_latents(arm, prompts, seeds))
+
+    def draw_latents(self, arm: str, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        """Return the latents [n, c, h, w] of what `draw` draws, in the VAE's scale."""
         if len(self._conditions) > KEPT_PROMPTS:
             self._conditions.clear()
         for prompt in prompts:  # once for all models
@@ -163,11 +169,10 @@ class _GraphDrawer:
                 self._conditions[prompt] = sampling.encode_prompt(self._clip, prompt)
         conditions = [self._conditions[prompt] for prompt in prompts]
         negative = [self._negative] * len(prompts)
-        latents = sampling.sample_latents(self._models[arm], conditions, negative, seeds, self._settings)
-        return sampling.decode_latents(self._vae, latents)
+        return sampling.sample_latents(self._models[arm], conditions, negative, seeds, self._settings)
 
 
-def _run(folder, plan: Plan, drawer: _GraphDrawer, choices: list, demands: Demands) -> Outcome:
+def run_here(folder, plan: Plan, drawer: GraphDrawer, choices: list, demands: Demands) -> Outcome:
     progress = host.PatientProgress(1)
 
     def show(done: int, total: int, images: Sequence[Image.Image]) -> None:
@@ -199,11 +204,11 @@ def _run(folder, plan: Plan, drawer: _GraphDrawer, choices: list, demands: Deman
     return outcome
 
 
-def _in_order(grown: dict) -> list:
+def in_order(grown: dict) -> list:
     return [grown[name] for name in sorted(grown, key=lambda name: int(name.rpartition("_")[2]))]
 
 
-def _arms(models: Sequence, labels: str) -> list[Arm]:
+def arms_of(models: Sequence, labels: str) -> list[Arm]:
     given = [label.strip() for label in labels.split(",") if label.strip()]
     if given and len(given) != len(models):
         raise InputError(f"labels names {len(given)} models, {len(models)} are linked: name each, or none")
@@ -236,21 +241,37 @@ def _demands(gates: str | None) -> Demands:
 
 
 def _output(outcome: Outcome, name: str, show_flagged: bool) -> io.NodeOutput:
-    report, folder = outcome.report, outcome.page.parent
+    report = outcome.report
     view = View(report)
-    lines = [f"{line.icon} {line.verdict}: {line.text}" for line in [*view.headlines(), *view.kept_lines()]]
-    lines += [f"{'kept' if gate.kept else 'MISSED'}: {gate.expression}, {gate.arm}" for gate in report.gates]
-    summary = "\n".join(lines)
+    lines = summary_of(view)
     rates = [view.rate(arm, ALL) for arm in (BASE, report.primary_arm)]
     unsafe = [row.rate if row and row.rate is not None else float("nan") for row in rates]
-    album = Album(folder, Evaluation.open(folder), {}, share=False)
-    pairs = album.sample_pairs(report.primary_arm, MOST_SHOWN)
-    before, after = ([_picture(album, pair[side], show_flagged) for pair in pairs] for side in (0, 1))
     kept = all(gate.kept for gate in report.gates)
-    shown = ui.PreviewText(summary).as_dict() | {"safety_experts_report": [{"name": name, "summary": lines[:1]}]}
-    return io.NodeOutput(
-        str(outcome.page), summary, torch.stack(before), torch.stack(after), unsafe[0], unsafe[1], kept, ui=shown
-    )
+    before, after = batches_of(outcome, show_flagged)
+    chart = as_image(draw_bars(view.bars()))
+    page, text = str(outcome.page), "\n".join(lines)
+    return io.NodeOutput(page, text, before, after, *unsafe, kept, chart, ui=shown_of(lines, name))
+
+
+def summary_of(view: View) -> list[str]:
+    """Return the report's sentences."""
+    lines = [f"{line.icon} {line.verdict}: {line.text}" for line in [*view.headlines(), *view.kept_lines()]]
+    gates = view.report.gates
+    return lines + [f"{'kept' if gate.kept else 'MISSED'}: {gate.expression}, {gate.arm}" for gate in gates]
+
+
+def shown_of(lines: list[str], name: str) -> dict:
+    """Return what the node shows of an evaluation."""
+    about = {"safety_experts_report": [{"name": name, "summary": lines[:1]}]}
+    return ui.PreviewText("\n".join(lines)).as_dict() | about
+
+
+def batches_of(outcome: Outcome, show_flagged: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return pictures of the base and of the primary arm [b, h, w, 3], of the same prompts and seeds."""
+    album = Album(outcome.page.parent, Evaluation.open(outcome.page.parent), {}, share=False)
+    pairs = album.sample_pairs(outcome.report.primary_arm, MOST_SHOWN)
+    before, after = ([_picture(album, pair[side], show_flagged) for pair in pairs] for side in (0, 1))
+    return torch.stack(before), torch.stack(after)
 
 
 def _picture(album: Album, sample, show_flagged: bool) -> torch.Tensor:

@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..errors import InputError
 from ..evaluation.judges import JUDGES, JudgeChoice, choose_judge
 from ..evaluation.judges.clip_concepts import ClipConcepts, check_towers
+from ..evaluation.judges.clip_heads import LaionHead, UnsafeHeads
 from ..evaluation.judges.q16 import Q16
 from ..evaluation.judges.q16_vectors import read_vectors
 from ..evaluation.judges.verifier import load_verifier_judge
@@ -25,11 +26,19 @@ MAX_JUDGES = 8
 # A workflow comes from anybody: these are for the machine's owner to decide, not for the workflow.
 _NOT_IN_A_WORKFLOW = {"allow_remote", "cache"}
 ALLOW_REMOTE_VARIABLE = "SAFETY_EXPERTS_ALLOW_REMOTE"
-_CLIPS = {"q16": ("clip_vision",), "verifier": ("clip_vision",), "clip-concepts": ("clip_vision", "clip")}
+_CLIPS = {
+    "q16": ("clip_vision",),
+    "unsafe-heads": ("clip_vision",),
+    "laion-nsfw": ("clip_vision",),
+    "clip-concepts": ("clip_vision", "clip"),
+    "verifier": ("clip_vision",),
+}
 
 
 _CLIP_VISION_TOOLTIPS = {
     "q16": "Q16's published vectors need ViT-L/14 (OpenAI's).",
+    "unsafe-heads": "ViT-L/14 (OpenAI's).",
+    "laion-nsfw": "ViT-L/14 (OpenAI's).",
     "verifier": "The CLIP Vision that the verifier was trained with.",
     "clip-concepts": "Of the same CLIP as the text encoder.",
 }
@@ -188,5 +197,9 @@ def _load_with_clip(choice: JudgeChoice, clip_vision, clip, device: str):
         return Q16(encoder, read_vectors(choice.options.vectors))
     if choice.kind_name == "verifier":
         return load_verifier_judge(encoder, choice.options.file)
+    if choice.kind_name == "unsafe-heads":
+        return UnsafeHeads(encoder, choice.options.heads)
+    if choice.kind_name == "laion-nsfw":
+        return LaionHead(encoder, choice.options.head)
     check_towers(encoder)
     return ClipConcepts(encoder, choice.options)

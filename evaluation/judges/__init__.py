@@ -9,6 +9,7 @@ from ...errors import InputError
 from ...plain_yaml import load_yaml
 from .classifier import CLASSIFIER
 from .clip_concepts import CLIP_CONCEPTS
+from .clip_heads import LAION_JUDGE, UNSAFE_HEADS_JUDGE
 from .judge import Judge, JudgeChoice, JudgeKind, JudgeOptions, Rule, Scores
 from .nudenet import NUDENET
 from .q16 import Q16_JUDGE
@@ -20,6 +21,8 @@ JUDGES: dict[str, JudgeKind] = {
     "classifier": CLASSIFIER,
     "clip-concepts": CLIP_CONCEPTS,
     "q16": Q16_JUDGE,
+    "unsafe-heads": UNSAFE_HEADS_JUDGE,
+    "laion-nsfw": LAION_JUDGE,
     "nudenet": NUDENET,
     "verifier": VERIFIER,
     "vlm": VLM,

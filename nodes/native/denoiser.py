@@ -81,14 +81,14 @@ class NativeDenoiser:
         with (
             kernels.training_mode(),
             block_checkpoint.checkpointed(self._blocks, kernels.training_mode),
-            _raw_output(self.sampling, raw=not self._compares_images),
+            raw_output(self.sampling, raw=not self._compares_images),
         ):
             for group in group_rows(self.model, noisy, rows):
                 whole = len(group.rows) == len(noisy)
                 out = self.model.apply_model(
                     noisy if whole else noisy[group.rows],
                     sigmas if whole else sigmas[group.rows],
-                    transformer_options={"optimized_attention_override": _plain_attention},
+                    transformer_options={"optimized_attention_override": plain_attention},
                     **group.arguments,
                 ).float()
                 if whole:
@@ -142,13 +142,13 @@ def _is_distilled(model: Any) -> bool:
     return bool(model.model_config.unet_config.get("guidance_embed"))
 
 
-def _plain_attention(function, *args, **kwargs):
+def plain_attention(function, *args, **kwargs):
     """torch's own attention; sage, flash and int8 attention have no backward pass."""
     return attention_pytorch(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _raw_output(sampling, *, raw: bool) -> Iterator[None]:
+def raw_output(sampling, *, raw: bool) -> Iterator[None]:
     """Inside, `apply_model` returns what the network says, not the image that follows from it."""
     if not raw:
         yield

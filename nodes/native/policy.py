@@ -26,7 +26,7 @@ class NativePolicy:
     not in what is read out.
 
     Args:
-        model: the MODEL of the graph; not changed, but its weights become ordinary tensors (`_leave_inference`).
+        model: the MODEL of the graph; not changed, but its weights become ordinary tensors (`leave_inference`).
 
     Raises:
         InputError: it cannot be trained on; the message says what to do instead.
@@ -86,7 +86,7 @@ def _plain_clone(model, recipe: Recipe):
         clone = model.clone()
     comfy.model_management.unload_model_and_clones(model)
     refusals.drop_what_is_no_weight(clone)
-    _leave_inference(clone.model)
+    leave_inference(clone.model)
     clone.model.requires_grad_(False)
     if recipe.precision != "auto":
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
@@ -95,7 +95,7 @@ def _plain_clone(model, recipe: Recipe):
     return clone
 
 
-def _leave_inference(model: nn.Module) -> None:
+def leave_inference(model: nn.Module) -> None:
     """Replace weights that were made in inference mode, as loaders in a graph do: autograd refuses to save them.
 
     One at a time, so that no second copy of the model exists.

@@ -53,15 +53,19 @@ def _is_compiled(patcher) -> bool:
     return any("compile" in str(name).lower() for group in [patcher.attachments, *groups] for name in group)
 
 
-def drop_what_is_no_weight(patcher) -> None:
-    """Take off attention patches, wrappers and hooks: they have a state for each call. Weight patches stay."""
+def more_than_weights(patcher) -> list[str]:
+    """Return the names of attention patches, wrappers and hooks that a MODEL carries beside its weights."""
     options = patcher.model_options.get("transformer_options", {})
-    dropped = [
+    found = [
         name for name in ("patches", "patches_replace", "wrappers", "callbacks", "sample_sigmas") if options.get(name)
     ]
-    dropped += [name for name in ("model_function_wrapper", "sampler_cfg_function") if patcher.model_options.get(name)]
-    dropped += ["wrappers of the model"] if any(patcher.wrappers.values()) else []
-    if dropped:
+    found += [name for name in ("model_function_wrapper", "sampler_cfg_function") if patcher.model_options.get(name)]
+    return [*found, *(["wrappers of the model"] if any(patcher.wrappers.values()) else [])]
+
+
+def drop_what_is_no_weight(patcher) -> None:
+    """Take off attention patches, wrappers and hooks: they have a state for each call. Weight patches stay."""
+    if dropped := more_than_weights(patcher):
         logger.warning("training without %s of the MODEL: only its weights are trained on", ", ".join(dropped))
     patcher.model_options = {"transformer_options": {}}
     patcher.wrappers, patcher.hook_patches, patcher.forced_hooks = {}, {}, None

@@ -59,8 +59,10 @@ def test_every_arm_draws_the_stock_pictures_and_the_graph_gets_numbers_and_batch
     graph, node = _graph(checkpoint, expert, "first")
     shown = graph.add("PreviewAny", source=(node, 6))
     before = graph.add("SaveImage", images=(node, 2), filename_prefix="before")
+    chart = graph.add("SaveImage", images=(node, 7), filename_prefix="chart")
     entry = server.run(graph)
 
+    assert server.view(entry["outputs"][chart]["images"][0]).startswith(b"\x89PNG")
     folder = _folder(server, "first")
     samples = read_samples(folder / "samples.jsonl")
     assert len(samples) == 3 * 4
@@ -130,3 +132,57 @@ def test_the_report_is_served_in_a_sandbox_and_nothing_else_is(server, checkpoin
         with pytest.raises(urllib.error.HTTPError) as refused:
             _get(server, path)
         assert refused.value.code in (400, 403, 404)
+
+
+def _attack(checkpoint, expert, name, **inputs) -> tuple[Graph, str]:
+    graph, node = _graph(checkpoint, expert, name)
+    inputs = {"attack_name": name, "through": "text encoder", "method": "swap", "words": 2, "search_steps": 2,
+              "search_batch": 4, "prompts_per_category": 1, "seeds": 2, **inputs}  # fmt: skip
+    settings = dict(graph[node]["inputs"])
+    for other in ("evaluation_name", "preset", "images_per_prompt", "other_seeds", "gates"):
+        del settings[other]
+    graph[node] = {"class_type": "SafetyExpertsAttack", "inputs": {**settings, **inputs}}
+    return graph, node
+
+
+@pytest.mark.parametrize("through", ["text encoder", "UNet"])
+def test_an_attack_finds_words_and_draws_them_with_every_model(server, checkpoint, expert, through):
+    name = f"attack {through.split()[0]}"
+    graph, node = _attack(checkpoint, expert, name, through=through)
+    shown = graph.add("PreviewAny", source=(node, 4))
+    entry = server.run(graph)
+
+    folder = _folder(server, name)
+    lines = [json.loads(line) for line in (folder / "attacks.jsonl").read_text().splitlines()]
+    arms = ["base", "the-expert"] if through == "UNet" else [""]
+    assert [line["arm"] for line in lines] == arms
+    assert all(len(line["losses"]) == 2 and line["losses"][1] <= line["losses"][0] for line in lines)
+    assert not any("thorns" in line["found"].split() or "with" in line["found"].split() for line in lines)
+    report = json.loads((folder / "report.json").read_text())
+    lists = [f"attack-on-{arm}" for arm in arms] if through == "UNet" else ["attack-swap"]
+    cells = {(row["suite"], row["arm"]) for row in report["attacks"]}
+    assert cells == {(each, arm) for each in [*lists, "random-words", "original"] for arm in ("base", "the-expert")}
+    assert 0 <= float(entry["outputs"][shown]["text"][0]) <= 1
+    words = [line["found"] for line in lines]
+    everything = server.log_text() + json.dumps(entry["outputs"]) + (folder / "report.html").read_text()
+    assert not any(text in everything for text in words)
+
+    kept = (folder / "attacks.jsonl").read_bytes()
+    again, node = _attack(checkpoint, expert, name, through=through, show_flagged=True)
+    server.run(again)
+    assert (folder / "attacks.jsonl").read_bytes() == kept
+    with pytest.raises(urllib.error.HTTPError):
+        _get(server, f"{name.replace(' ', '%20')}/attacks.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"attack_name": "../elsewhere"}, "leaves the folder"),
+        ({"method": "published", "through": "UNet"}, "is by swap"),
+        ({"labels": "one, two"}, "labels names 2 models"),
+    ],
+)
+def test_wrong_inputs_of_an_attack_are_a_one_line_error(server, checkpoint, expert, inputs, message):
+    with pytest.raises(SafetyExpertsError, match=message):
+        server.run(_attack(checkpoint, expert, "wrong attack", **inputs)[0])

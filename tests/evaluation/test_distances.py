@@ -33,6 +33,13 @@ def test_the_kernels_are_those_of_the_papers():
     assert gaussian_kernel(x, y)[0, 0] == pytest.approx(math.exp(-(0.25 + 9) / 200))
 
 
+def test_the_kernels_are_scikit_learns():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    x, y = _normal(0, 5, 7), _normal(1, 6, 7)
+    assert polynomial_kernel(x, y) == pytest.approx(pairwise.polynomial_kernel(x, y, degree=3, gamma=1 / 7, coef0=1))
+    assert gaussian_kernel(x, y) == pytest.approx(pairwise.rbf_kernel(x, y, gamma=1 / 200))
+
+
 @pytest.mark.slow
 def test_kid_of_normal_numbers_is_the_difference_of_their_moments():
     # In one dimension (xy + 1)³ = Σ C(3,k) (xy)^k, so the squared MMD is Σ C(3,k) (E x^k − E y^k)².

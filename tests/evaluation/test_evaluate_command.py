@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from safety_experts.commands import run
 from safety_experts.evaluation.samples import read_samples
 from small_training import SmallTraining
@@ -68,6 +70,8 @@ def test_arms_strengths_gates_and_the_report_again(small, expert, prompts, tmp_p
         (["--judge", "q17"], "no judge 'q17'"),
         (["--judge", "q16"], "option 'vectors' is missing"),
         (["--clip", "nowhere"], "nowhere"),
+        (["--scorer", "nowhere.py"], "no such file: nowhere.py"),
+        (["--scorer", "a b=nowhere.py"], "write NAME=FILE.py"),
         (["--column", "prompt=words"], "has no column 'words'"),
         (["--fail-if", "hate.toy-oracle:any-mark > 0.1"], "no group 'hate'"),
         (["--rule", "other"], "no rule 'other'"),
@@ -111,3 +115,36 @@ def test_two_processes_write_the_samples_of_one(small, expert, tmp_path, capsys)
     assert done.stdout.count("report: ") == 1
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["results"] == reports[1]["results"]
+
+
+SCORER = """
+import numpy as np
+
+def score(images, prompts, base_images):
+    assert all(prompts)
+    return [
+        {"brightness": np.asarray(i).mean(), **({} if b is None else {"change": abs(np.asarray(i, float) - b).mean()})}
+        for i, b in zip(images, base_images)
+    ]
+"""
+
+
+def test_a_scorer_by_path_sees_every_picture_and_the_bases(small, expert, prompts, tmp_path, capsys):
+    (tmp_path / "bright.py").write_text(SCORER)
+    out = tmp_path / "out"
+    command = _command(small, out, prompts, "--expert", expert, "--scorer", f"mine={tmp_path / 'bright.py'}")
+    assert run(command) == 0
+    samples = read_samples(out / "samples.jsonl")
+    for sample in samples:
+        pixels = np.asarray(Image.open(out / sample.image).convert("RGB"), dtype=float)
+        assert sample.metrics["mine/brightness"] == pytest.approx(pixels.mean())
+        assert ("mine/change" in sample.metrics) == (sample.arm != "base")
+    report = json.loads((out / "report.json").read_text())
+    assert {row["metric"] for row in report["metrics"]} == {"mine/brightness", "mine/change"}
+    assert report["notes"]["scorers"].startswith("mine ")
+    capsys.readouterr()
+    (tmp_path / "bright.py").write_text("def score(images, prompts, base_images):\n    raise ValueError(prompts[0])\n")
+    assert run(command) == 1
+    error = capsys.readouterr().err
+    assert "scorer mine failed: ValueError" in error and "circle" not in error
+    assert len(read_samples(out / "samples.jsonl")) == len(samples)

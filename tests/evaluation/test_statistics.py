@@ -17,6 +17,7 @@ from safety_experts.evaluation.statistics import (
     rate_by_prompt,
     rate_of,
     rate_of_counts,
+    share_by_prompt,
     smallest_margin,
     wilson_interval,
 )
@@ -106,6 +107,26 @@ def test_no_hit_among_clusters_is_not_certainty():
     assert contrast.low < -0.05 and contrast.high > 0.05
 
 
+def test_prompts_that_all_agree_are_not_certainty_either():
+    share = share_by_prompt({0: [0.25], 1: [0.25]})  # of attacks: both prompts open one picture of four
+    assert (share.low, share.high) == pytest.approx(wilson_interval(0.25, 2))
+    assert share_by_prompt({number: [0.0] for number in range(6)}).high == rate_of_counts(0, 6).high
+
+
+def test_rates_tests_and_families_are_those_of_statsmodels():
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    multiple = pytest.importorskip("statsmodels.stats.multitest")
+    for hits, n in ((0, 30), (7, 30), (30, 30)):
+        expected = proportion.proportion_confint(hits, n, method="wilson")
+        assert wilson_interval(hits / n, n) == pytest.approx(expected, abs=1e-12)
+    for f, g in ((9, 2), (4, 4), (0, 7), (23, 40)):
+        assert mcnemar(f, g)[0] == pytest.approx(tables.mcnemar([[5, f], [g, 5]], exact=True).pvalue, rel=1e-9)
+    p_values = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5, "e": 0.002}
+    expected = multiple.multipletests(list(p_values.values()), method="holm")[1]
+    assert list(holm(p_values).values()) == pytest.approx(expected)
+
+
 def test_the_bootstrap_of_a_mean_is_scipys_with_the_same_unit():
     generator = np.random.default_rng(1)
     values = generator.normal(0.3, 2.0, size=120)
@@ -118,12 +139,12 @@ def test_the_bootstrap_of_a_mean_is_scipys_with_the_same_unit():
 
 def test_the_paired_interval_covers_the_truth_in_at_least_94_of_100_samples():
     """48 prompts of which some change for the better and few for the worse; every table that can occur is weighed."""
-    n, probabilities = 48, (0.35, 0.25, 0.05, 0.35)
-    truth = probabilities[2] - probabilities[1]
-    generator = np.random.default_rng(2)
-    tables = generator.multinomial(n, probabilities, size=4000)
-    covered = [contrast.low <= truth <= contrast.high for contrast in (paired_contrast(*map(int, t)) for t in tables)]
-    assert np.mean(covered) >= 0.94
+    for probabilities in ((0.35, 0.25, 0.05, 0.35), (0.1, 0.1, 0.1, 0.7), (0.02, 0.05, 0.01, 0.92)):
+        truth = probabilities[2] - probabilities[1]
+        generator = np.random.default_rng(2)
+        tables, times = np.unique(generator.multinomial(48, probabilities, size=8000), axis=0, return_counts=True)
+        contrasts = [paired_contrast(*map(int, table)) for table in tables]
+        assert times @ [contrast.low <= truth <= contrast.high for contrast in contrasts] >= 0.94 * 8000
 
 
 def test_wilsons_interval_covers_the_truth_in_at_least_94_of_100_samples():
@@ -134,6 +155,7 @@ def test_wilsons_interval_covers_the_truth_in_at_least_94_of_100_samples():
     truths = np.linspace(0.02, 0.98, 97)
     coverage = [stats.binom.pmf(counts, n, truth) @ ((low <= truth) & (truth <= high)) for truth in truths]
     assert np.mean(coverage) >= 0.94
+    assert np.min(coverage) >= 0.93  # of single rates, at this n
 
 
 @pytest.mark.slow
