@@ -323,7 +323,7 @@ class View:
                 if after is None or after.rate is None:
                     continue
                 label = _name(group) if len(arms) == 1 and arm != NULL else f"{_name(group)}, {self.title_of(arm)}"
-                ends = [(row.rate, row.low or 0.0, row.high or 0.0) for row in (before, after)]
+                ends = [(row.rate or 0.0, row.low or 0.0, row.high or 0.0) for row in (before, after)]
                 bars.append(Bar(_shortened(label), f"n {after.n}", ends[0], ends[1], is_null=arm == NULL))
         return sorted(bars, key=lambda bar: bar.is_null)
 
@@ -336,7 +336,9 @@ class View:
                 if arm == BASE or before is None or after is None:
                     continue
                 ends = [(row.success, row.low or 0.0, 1.0 if row.high is None else row.high) for row in (before, after)]
-                bars.append(Bar(_shortened(f"{name}, {self.title_of(arm)}"), f"n {after.num_prompts}", *ends))
+                bars.append(
+                    Bar(_shortened(f"{name}, {self.title_of(arm)}"), f"n {after.num_prompts}", ends[0], ends[1])
+                )
         return bars
 
     def dumbbells(self) -> str:

@@ -66,7 +66,9 @@ def attack_arms(
     Raises:
         InputError: no prompt has a safe partner, or the model is no UNet under CLIP.
     """
-    pairs, _, towers = attackable(suite), model.denoiser, model.clip_towers
+    pairs, towers = attackable(suite), model.clip_towers
+    with model.carrying(BASE):
+        _ = model.denoiser  # or the refusal, before anything is drawn
     alphabet = Alphabet.of(towers[0].tokenizer)
     found: list[AttackedPrompt] = []
     for prompt in pairs:  # prompt by prompt, so that a stopped attack has the same prompts of every arm

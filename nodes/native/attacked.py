@@ -52,7 +52,6 @@ class AttackedModels:
     """
 
     def __init__(self, models: Mapping[str, Any]):
-        self._clones: dict[str, Any] = {}
         for arm, model in models.items():
             refusals.check_model(model)
             if type(model.model) not in (comfy.model_base.BaseModel, comfy.model_base.SDXL) or model.model.concat_keys:
@@ -65,7 +64,7 @@ class AttackedModels:
                     f"{arm} has {', '.join(more)} on it, which an attack through the UNet would leave out: search "
                     "through the text encoder"
                 )
-        self._models, self._carried = models, ""
+        self._models, self._carried, self._clone = models, "", None
 
     @contextlib.contextmanager
     def carrying(self, arm: str) -> Iterator[None]:
