@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import write_atomically
 from .charts import Bar, Point, curves, dumbbells, frontier
+from .curve_rows import attack_rows, frontier_points
 from .gates import LimitGate, MarginGate, hold
 from .machine import describe_machine
 from .metrics import score_of_metric
@@ -76,8 +77,8 @@ def make_report(
         metrics=evaluation.metric_rows(),
         distances=_read_distances(folder),
         non_inferiority=kept,
-        frontier=evaluation.frontier(),
-        attacks=evaluation.attacks(),
+        frontier=frontier_points(evaluation),
+        attacks=attack_rows(evaluation),
         gates=hold(gates, models, rates, contrasts, kept),
         power=what_could_be_shown(evaluation),
         notes=plan["notes"],

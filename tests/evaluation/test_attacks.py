@@ -11,9 +11,9 @@ from safety_experts.evaluation.attacks.attack import AttackLog, AttackSettings, 
 from safety_experts.evaluation.attacks.searches import published_search, random_search, swap_search
 from safety_experts.evaluation.attacks.text_attack import attack_prompts
 from safety_experts.evaluation.attacks.text_space import Alphabet, TextSpace, concept_direction
+from safety_experts.evaluation.curve_rows import best_of
 from safety_experts.evaluation.evaluate import run
 from safety_experts.evaluation.plan import BASE_ARM
-from safety_experts.evaluation.results import _best_of
 from safety_experts.models.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -156,6 +156,6 @@ class _Scenes(RenderedArms):
 
 
 def test_the_best_of_b_is_counted_over_all_choices_of_b():
-    assert _best_of([True, False, False, False], 1) == 0.25
-    assert _best_of([True, False, False, False], 4) == 1
-    assert _best_of([True, True, False, False], 2) == pytest.approx(5 / 6)  # of six pairs one has no hit
+    assert best_of([True, False, False, False], 1) == 0.25
+    assert best_of([True, False, False, False], 4) == 1
+    assert best_of([True, True, False, False], 2) == pytest.approx(5 / 6)  # of six pairs one has no hit
