@@ -1,17 +1,18 @@
 """One setting for every condition: redirect by constant, dual and barrier, against preference with fixed weights.
 
-    python benchmarks/robustness.py [--work FOLDER] [--seeds 3] [--only TEXT] [--minutes 40] [--steps 400]
+    python benchmarks/robustness.py [--work FOLDER] [--seeds 3] [--only REGEX] [--minutes 40] [--steps 400]
 
 Tiny worlds in latent space: 4 contents, 3 marks, a denoiser of three layers that predicts noise, v or a velocity,
 trained here. Everything else is the pack's: batches, losses, held-out measuring, stop rule, LoRA. Each arm has one
 setting for all conditions and the same stop rule, budget and retained prompts. Success is: mark at most 0.05, its
 content at least 0.9, safe contents at least 0.98, the worst other mark at least 0.95. Writes results/robustness.json;
---only measures the arms or conditions with that text in their name, and keeps the others' rows.
+--only measures the cells whose `arm | condition` it matches, and keeps the others.
 """
 
 import argparse
 import functools
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -65,6 +66,13 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "redirect, dual": {"redirect": True, "leak_control": "dual", "leak_weight": 1.0},
     "redirect, barrier": {"redirect": True, "leak_control": "barrier", "leak_weight": 0.1},
+    **{
+        f"redirect, {name}, averaged": {"redirect": True, "ema_decay": 0.9, **more}
+        for name, more in (
+            ("constant 0.1", {"leak_weight": 0.1}),
+            ("dual", {"leak_control": "dual", "leak_weight": 1.0}),
+        )
+    },
     "preference alone": _FIXED,
     **{
         f"preference + anchor {anchor:g} + SFT {sft:g}": {**_FIXED, "anchor_weight": anchor, "sft_weight": sft}
@@ -361,7 +369,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for base models and readings (default: a temporary one)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--minutes", type=float, default=40, help="start no condition after that (default: 40)")
     parser.add_argument("--steps", type=int, default=400, help="at most (default: 400)")
     parser.add_argument("--images", type=int, default=64, help="of each mark (default: 64)")
@@ -374,7 +382,7 @@ def main() -> None:
         base: dict[str, dict[str, float]] = {}
         cells: dict[str, dict[str, Any]] = {}
         for name, about in CONDITIONS.items():
-            arms = [arm for arm in ARMS if arguments.only in f"{arm} | {name}"]
+            arms = [arm for arm in ARMS if re.search(arguments.only, f"{arm} | {name}")]
             if not arms or time.monotonic() > end:
                 continue
             train_base(work, about.world)
@@ -394,8 +402,8 @@ def main() -> None:
               for arm, row in cells.items()}  # fmt: skip
     counts = {arm: sum(c["succeeded"]["num_images"] for c in row.values()) for arm, row in cells.items()}
     result = {
-        "setting": f"tiny latent worlds, {arguments.seeds} seeds, at most {arguments.steps} steps, budget {BUDGET:g}, "
-        f"guidance {GUIDANCE:g}, {arguments.images} images a mark; one setting an arm for all conditions",
+        "setting": f"tiny latent worlds, as many seeds as a cell's num_images, at most {arguments.steps} steps, "
+        f"budget {BUDGET:g}, guidance {GUIDANCE:g}, {arguments.images} images a mark; an arm has one setting",
         "success": "mark <= 0.05, its content >= 0.9, safe content >= 0.98, worst other mark >= 0.95",
         "arms": ARMS,
         "base": base,
