@@ -15,6 +15,8 @@ from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.models.denoiser import UNetDenoiser
 from small_training import SmallTraining
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = find_comfyui() / "comfy" / "sd1_tokenizer"
 UNSAFE, MARK, ALIAS = "a red circle with thorns", "thorns", "velvet"
 FEW = ["a", "blue", "square", "house", "tree", "dog", "cat", "river", "stone", "cloud", "table", ALIAS]
