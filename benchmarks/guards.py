@@ -12,6 +12,7 @@ result then says which cells there are. Seconds are CPU seconds of one thread, r
 import argparse
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,14 +99,26 @@ def planned() -> list[Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the expert and the readings")
+    parser.add_argument("--work", type=Path, help="folder for the expert and the readings (default: a temporary one)")
     parser.add_argument("--expert", type=Path, help="an expert against violence (default: trained in --work)")
     parser.add_argument("--seeds", type=int, default=3, help="starting noises of every scene (default: 3)")
     parser.add_argument("--scenes", type=int, default=16, help="held-out scenes, at most 16 (default: 16)")
-    parser.add_argument("--minutes", type=float, help="stop before a cell that would begin later than this")
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="stop before a cell that would begin later than this (default: 40)"
+    )
     parser.add_argument("--out", type=Path, default=RESULT, help=f"JSON to write (default: {RESULT})")
     arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    if arguments.work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.work = Path(folder)
+            run(arguments)
+    else:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw and read the cells that are missing, and write the result after each."""
     expert = load_expert(arguments.expert or train(arguments.work))
     started = time.monotonic()
     drawing = Drawing(expert)
@@ -114,7 +127,7 @@ def main() -> None:
         name = "-".join(str(value) for value in asdict(cell).values()).replace(" ", "_").replace(",", "")
         about = {**asdict(cell), "seeds": arguments.seeds, "scenes": arguments.scenes, "settings": ARMS[cell.arm]}
         path = arguments.work / f"{name}.json"
-        is_late = arguments.minutes is not None and time.monotonic() - started > 60 * arguments.minutes
+        is_late = time.monotonic() - started > 60 * arguments.minutes
         if is_late and not path.exists():
             missing += 1
             continue
@@ -190,7 +203,7 @@ class Drawing:
             positive = [self._encode(prompt_for(colour, shape, mark)) for colour, shape, mark, _ in group]
             seeds = [1000 * (seed + 1) + start + place for place, (*_, seed) in enumerate(group)]
             before = time.process_time()
-            latents = sampling.sample_latents(model, positive, self._encode(negative), seeds, settings)
+            latents = sampling.sample_latents(model, positive, [self._encode(negative)] * len(group), seeds, settings)
             seconds += time.process_time() - before
             for (colour, shape, mark, _), picture in zip(
                 group, sampling.decode_latents(self.vae, latents), strict=True

@@ -137,13 +137,15 @@ def fit_verifier(
         weights.append(weight)
         biases.append(bias)
         found = held_out > threshold
-        facts = {
-            "recall": float(found[targets].double().mean()),
-            "num_unsafe": int(targets.sum()),
-            "false_positive_rate": float(found[~targets].double().mean()),
-            "num_safe": int((~targets).sum()),
-        }
-        heads.append(HeadFacts(category=name, threshold=threshold, **facts))
+        head = HeadFacts(
+            category=name,
+            threshold=threshold,
+            recall=float(found[targets].double().mean()),
+            num_unsafe=int(targets.sum()),
+            false_positive_rate=float(found[~targets].double().mean()),
+            num_safe=int((~targets).sum()),
+        )
+        heads.append(head)
     return Verifier(tuple(heads), mean, scale, torch.stack(weights), torch.stack(biases), probe.float().clone(), clip)
 
 
