@@ -263,9 +263,13 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
             images_per_prompt=arguments.images_per_prompt,
             other_seeds=not arguments.no_null,
         )
-    if not finished and not (arguments.out / "samples.jsonl").exists():
-        raise SafetyExpertsError("stopped before the first image was judged; the same command begins again")
-    outcome = report_again(arguments.out, demands=demands, words=Words(arguments.title), share=arguments.share)
+    try:
+        outcome = report_again(arguments.out, demands=demands, words=Words(arguments.title), share=arguments.share)
+    except InputError as error:
+        if finished:
+            raise
+        text = "stopped before the first image was judged; the same command begins again"
+        raise SafetyExpertsError(text) from error
     print_outcome(dataclasses.replace(outcome, finished=finished), arguments)
 
 
