@@ -37,7 +37,7 @@ class DemoSize:
     19 % (Wilson, 95 %), against the promised 80 % and 20 %.
     """
 
-    training_pairs: int = 32
+    training_pairs: int = 24
     evaluation_pairs: int = 16
 
 

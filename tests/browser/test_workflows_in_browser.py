@@ -87,7 +87,13 @@ def test_the_three_workflows_run_one_after_the_other(server, frontend):
     open_example(frontend, NAMES[2])
     entry = run_and_wait(server, frontend, NAMES[2])
     names = {image["filename"] for output in entry["outputs"].values() for image in output.get("images", [])}
-    assert {f"{side}_{number:05}_.png" for side in ("before", "after") for number in range(1, 5)} <= names
+    assert {f"after_{number:05}_.png" for number in range(1, 5)} <= names
+    (compared,) = [
+        output["safety_experts_compare"][0]
+        for output in entry["outputs"].values()
+        if len(output) == 1 and "safety_experts_compare" in output
+    ]
+    assert len(compared["before"]) == len(compared["after"]) == 4
     assert sorted(path.name for path in (base / "output/loras").glob("*.safetensors")) == [
         "hate_00001_.safetensors",
         "merged_00001_.safetensors",
