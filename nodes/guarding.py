@@ -162,7 +162,7 @@ class _Sampling:
 
     def _add_conditionings(self) -> None:
         """Put the guard's conditionings beside the guider's, where ComfyUI prepares them as it does its own."""
-        prompt = next(iter(self._guider.conds["positive"]), {})
+        prompt: dict[str, Any] = next(iter(self._guider.conds["positive"]), {})
         shared = {name: value for name, value in prompt.items() if name not in _OF_ITS_OWN}
         names: dict[int, str] = {}  # the same conditioning is predicted once
         self._names: list[tuple[str, str]] = []
@@ -224,22 +224,25 @@ class _Sampling:
     def _change(self, prompt: Tensor, x: Tensor, timestep: Tensor, sigma: float, predict) -> Tensor | None:
         """Return the changed prediction for the prompt; None where it stays as it is."""
         is_decided = self._evidence.is_decided(sigma)
-        if is_decided and self._chosen is None:
-            self._chosen = self._evidence.chosen(self._may_act)
-        if is_decided and (self._chosen < 0).all():
-            return None
+        decided: Tensor | None = None
+        if is_decided:
+            if self._chosen is None:
+                self._chosen = self._evidence.chosen(self._may_act)
+            decided = self._chosen
+            if bool((decided < 0).all()):
+                return None
         wanted = self._may_act.any(dim=0).nonzero().flatten().tolist()
-        if is_decided and self._guard.method != "casg":
-            wanted = sorted({index for index in self._chosen.tolist() if index >= 0})
+        if decided is not None and self._guard.method != "casg":
+            wanted = sorted({index for index in decided.tolist() if index >= 0})
         names = list(dict.fromkeys(name for index in wanted for name in self._names[index]))
         predictions = predict(names)
         pairs = {index: tuple(predictions[name] for name in self._names[index]) for index in wanted}
-        if not is_decided:
+        if decided is None:
             presences = torch.zeros(len(prompt), len(self._names), device=prompt.device)
             for index, (unsafe, safe) in pairs.items():
                 presences[:, index] = presence(prompt, unsafe, safe, x)
             self._evidence.add(sigma, presences)
-        chosen = self._chosen if is_decided else self._evidence.chosen(self._may_act)
+        chosen = self._evidence.chosen(self._may_act) if decided is None else decided
         if self._guard.method == "pair":
             return self._away_from_concepts(prompt, pairs, chosen)
         return self._away_from_gradient(prompt, pairs, chosen, timestep, sigma)

@@ -17,7 +17,7 @@ from ..preferences.prompt_pair import PromptPair
 from . import host, sampling, sockets
 from .applied import applied_experts
 from .checks import first_problem
-from .guarding import Guard, GuardConcept, add_guard
+from .guarding import Guard, GuardConcept, Method, add_guard
 from .sampling import Condition
 
 OTHER = "other"
@@ -29,8 +29,9 @@ class SafetyExpertsPairGuard(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def percent(name: str, default: float, tooltip: str) -> io.Input:
-            settings = {"min": 0.0, "max": 1.0, "step": 0.01, "optional": True, "advanced": True}
-            return io.Float.Input(name, default=default, tooltip=tooltip, **settings)
+            return io.Float.Input(
+                name, default=default, tooltip=tooltip, min=0.0, max=1.0, step=0.01, optional=True, advanced=True
+            )
 
         def strength(name: str, tooltip: str) -> io.Input:
             return io.Float.Input(name, default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
@@ -134,7 +135,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
         model,
         clip,
         concepts: str,
-        method: str,
+        method: Method,
         opens: str,
         pairs: Sequence[PromptPair] | PreferenceDataset | None = None,
         gate: ConceptGate | None = None,

@@ -64,7 +64,8 @@ class AttackedModels:
                     f"{arm} has {', '.join(more)} on it, which an attack through the UNet would leave out: search "
                     "through the text encoder"
                 )
-        self._models, self._carried, self._clone = models, "", None
+        self._models, self._carried = models, ""
+        self._clone: Any = None
 
     @contextlib.contextmanager
     def carrying(self, arm: str) -> Iterator[None]:
