@@ -48,6 +48,7 @@ class Experiment:
     seeds: range
     workers: int
     only: str = ""
+    changes: tuple[str, ...] = ()
 
     def run(self, function: Callable[[Path, Any], Any], jobs: Sequence[Any]) -> dict[Any, Any]:
         """Return job -> function(work, job), from processes of one thread each.
@@ -61,17 +62,18 @@ class Experiment:
 
 @contextlib.contextmanager
 def experiment(description: str | None, categories: Sequence[str] = tuple(MARKS)) -> Iterator[Experiment]:
-    """Read --work, --seeds, --workers and --only, and yield the experiment with 48 pairs a category in work/pairs."""
+    """Read the options of every experiment, and yield it with 48 pairs a category in work/pairs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for dataset, experts and readings (default: a temporary one)")
     parser.add_argument("--seeds", type=int, default=3, help="of each expert (default: 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     parser.add_argument("--only", default="", metavar="TEXT", help="measure what has this text in its name only")
+    parser.add_argument("--set", nargs="+", default=(), metavar="NAME=VALUE", help="changes of the toy recipe")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         sampler().build_dataset(work / "pairs", PAIRS_PER_CATEGORY, categories)
-        yield Experiment(work, range(arguments.seeds), arguments.workers, arguments.only)
+        yield Experiment(work, range(arguments.seeds), arguments.workers, arguments.only, tuple(arguments.set))
 
 
 def trained(
