@@ -198,6 +198,12 @@ class ComfyServer:
         """Return the bytes of an image that a history entry's `outputs` names (`filename`, `subfolder`, `type`)."""
         return self._request("/view?" + urllib.parse.urlencode(image))
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        assert self._process, "only inside `with`"
+        return self._process.pid
+
     def log_text(self) -> str:
         """Return what the server has logged so far."""
         return _COLOUR.sub("", self.log_path.read_text(encoding="utf-8", errors="replace"))

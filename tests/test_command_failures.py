@@ -124,6 +124,7 @@ def test_leftovers_of_a_killed_run_go_with_the_next_and_those_being_written_stay
 def test_a_signal_ends_a_verb_without_half_written_files(expert_path, tmp_path, number):
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 sys.path[:] = [entry for entry in sys.path if entry]
 from safety_experts import commands, tensor_file
 real = tensor_file.tensor_bytes
