@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -27,14 +26,15 @@ from ..evaluation.evaluate import NO_DEMANDS, Outcome
 from ..evaluation.plan import BASE, BASE_ARM, Plan, check_folder
 from ..evaluation.report import View
 from ..evaluation.suites import Suite, suite_of_pairs
-from . import checks, host, sockets
+from . import checks, host
 from .chart import as_image, draw_bars
 from .evaluating import (
-    MAX_JUDGES,
-    MAX_MODELS,
+    SHOW_FLAGGED,
     GraphDrawer,
     arms_of,
     batches_of,
+    compared_inputs,
+    drawing_inputs,
     in_order,
     run_here,
     shown_of,
@@ -51,13 +51,6 @@ _THROUGH = {"text encoder": TEXT, "UNet": DENOISER}
 class SafetyExpertsAttack(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        models = io.Autogrow.TemplatePrefix(
-            io.Model.Input("model", tooltip="A model to attack: with experts, other LoRAs."),
-            prefix="model_",
-            min=1,
-            max=MAX_MODELS,
-        )
-        judges = io.Autogrow.TemplatePrefix(sockets.Judge.Input("judge"), prefix="judge_", min=1, max=MAX_JUDGES)
         steps, batch = BUDGETS[TEXT]
         unet_steps, unet_batch = BUDGETS[DENOISER]
         return io.Schema(
@@ -71,17 +64,8 @@ class SafetyExpertsAttack(io.ComfyNode):
             search_aliases=["red team", "adversarial prompts", "Ring-A-Bell", "jailbreak", "robustness"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("base_model", tooltip="The model without anything on it."),
-                io.Autogrow.Input("models", template=models),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
-                sockets.PromptPairs.Input("prompt_pairs", tooltip="The concept is learned from their two sides."),
-                io.Autogrow.Input("judges", template=judges),
-                io.String.Input(
-                    "labels",
-                    default="",
-                    optional=True,
-                    tooltip="What the report calls the models, with commas between; empty: model 1, model 2, …",
+                *compared_inputs(
+                    "A model to attack: with experts, other LoRAs.", "The concept is learned from their two sides."
                 ),
                 io.String.Input(
                     "attack_name",
@@ -118,21 +102,11 @@ class SafetyExpertsAttack(io.ComfyNode):
                 ),
                 io.Int.Input("prompts_per_category", default=20, min=1, max=100_000, tooltip="How many to attack."),
                 io.Int.Input("seeds", default=4, min=1, max=100, tooltip="Fresh pictures of each prompt and model."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-                io.Int.Input("steps", default=20, min=1, max=10000),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
-                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
-                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
-                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Images drawn together."),
+                *drawing_inputs(),
                 io.String.Input(
                     "banned_words", default="", optional=True, tooltip="Words not to use, with commas between."
                 ),
-                io.Boolean.Input(
-                    "show_flagged",
-                    default=False,
-                    tooltip="Give pictures that a judge flags as they are, instead of pixelated.",
-                ),
+                SHOW_FLAGGED,
             ],
             outputs=[
                 io.String.Output("report", tooltip="Path of report.html."),

@@ -30,18 +30,49 @@ from .sampling import SamplerSettings
 
 MAX_MODELS, MAX_JUDGES, MOST_SHOWN = 16, 8, 16
 KEPT_PROMPTS = 512
+SHOW_FLAGGED = io.Boolean.Input(
+    "show_flagged", default=False, tooltip="Give pictures that a judge flags as they are, instead of pixelated."
+)
+
+
+def compared_inputs(model_tooltip: str, pairs_tooltip: str) -> list[io.Input]:
+    """Return the inputs of what is held side by side: models, prompts, judges, and what to call the models."""
+    models = io.Autogrow.TemplatePrefix(
+        io.Model.Input("model", tooltip=model_tooltip), prefix="model_", min=1, max=MAX_MODELS
+    )
+    judges = io.Autogrow.TemplatePrefix(sockets.Judge.Input("judge"), prefix="judge_", min=1, max=MAX_JUDGES)
+    return [
+        io.Model.Input("base_model", tooltip="The model without anything on it."),
+        io.Autogrow.Input("models", template=models),
+        io.Clip.Input("clip"),
+        io.Vae.Input("vae"),
+        sockets.PromptPairs.Input("prompt_pairs", tooltip=pairs_tooltip),
+        io.Autogrow.Input("judges", template=judges),
+        io.String.Input(
+            "labels",
+            default="",
+            optional=True,
+            tooltip="What the report calls the models, with commas between; empty: model 1, model 2, …",
+        ),
+    ]
+
+
+def drawing_inputs() -> list[io.Input]:
+    """Return the inputs of a KSampler that draws new pictures."""
+    return [
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
+        io.Int.Input("steps", default=20, min=1, max=10000),
+        io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
+        io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+        io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
+        io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Images drawn together."),
+    ]
 
 
 class SafetyExpertsEvaluate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        models = io.Autogrow.TemplatePrefix(
-            io.Model.Input("model", tooltip="A model to hold against the base: with experts, gates, other LoRAs."),
-            prefix="model_",
-            min=1,
-            max=MAX_MODELS,
-        )
-        judges = io.Autogrow.TemplatePrefix(sockets.Judge.Input("judge"), prefix="judge_", min=1, max=MAX_JUDGES)
         return io.Schema(
             node_id="SafetyExpertsEvaluate",
             display_name="Evaluate Safety",
@@ -53,30 +84,16 @@ class SafetyExpertsEvaluate(io.ComfyNode):
             search_aliases=["before and after", "compare models", "report", "proof", "benchmark"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("base_model", tooltip="The model without anything on it."),
-                io.Autogrow.Input("models", template=models),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
-                sockets.PromptPairs.Input("prompt_pairs", tooltip="Other pairs than those trained on."),
-                io.Autogrow.Input("judges", template=judges),
-                io.String.Input(
-                    "labels",
-                    default="",
-                    optional=True,
-                    tooltip="What the report calls the models, with commas between; empty: model 1, model 2, …",
+                *compared_inputs(
+                    "A model to hold against the base: with experts, gates, other LoRAs.",
+                    "Other pairs than those trained on.",
                 ),
                 io.String.Input(
                     "evaluation_name",
                     default="my_evaluation",
                     tooltip="An evaluation of this name and these settings goes on; its pictures are not drawn again.",
                 ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-                io.Int.Input("steps", default=20, min=1, max=10000),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
-                io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
-                io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
-                io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Images drawn together."),
+                *drawing_inputs(),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
@@ -97,11 +114,7 @@ class SafetyExpertsEvaluate(io.ComfyNode):
                     tooltip="One demand a line, such as `fail if violence.q16:argmax > 0.05` or "
                     "`fail unless false-alarms.margin(0.02)`; held against the ends of intervals.",
                 ),
-                io.Boolean.Input(
-                    "show_flagged",
-                    default=False,
-                    tooltip="Give pictures that a judge flags as they are, instead of pixelated.",
-                ),
+                SHOW_FLAGGED,
             ],
             outputs=[
                 io.String.Output("report", tooltip="Path of report.html."),

@@ -14,6 +14,7 @@ import pydantic
 from PIL import Image
 
 from ...endpoint import Endpoint, InvalidAnswerError, Request, ask, json_in
+from ...errors import InputError
 from ...files import write_atomically
 from ...preferences.categories import canonical_category
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
@@ -128,7 +129,7 @@ class Vlm:
             raise InvalidAnswerError from None
         try:
             named = {canonical_category(name) for name in verdict.categories}
-        except Exception:
+        except InputError:
             raise InvalidAnswerError from None
         # A verdict that contradicts itself is no verdict.
         if named - set(self._policy) or verdict.unsafe != bool(named):
