@@ -226,6 +226,7 @@ def run_in_process(world: World, seed: int) -> tuple[str, list[str], int | None,
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
     code: int | None = None
     start = time.perf_counter()
+    os.chdir(world.folder)  # a text drawn as an argument may be taken for a folder to write
     try:
         with _alarm(LIMIT_SECONDS), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(arguments)
@@ -236,6 +237,8 @@ def run_in_process(world: World, seed: int) -> tuple[str, list[str], int | None,
     except BaseException as error:
         err.write(f"Traceback: {type(error).__name__}: {error}")
         code = 1
+    finally:
+        os.chdir(ROOT)
     seconds = time.perf_counter() - start
     texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]  # type: ignore[attr-defined]
     return verb, arguments, code, "\0".join(texts), seconds
