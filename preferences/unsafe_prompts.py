@@ -15,7 +15,7 @@ def read_unsafe_prompts(path: Path, category: str = "") -> list[tuple[str, tuple
 
     Args:
         path: `.txt`, one prompt a line, blank lines and lines that start with # left out; or `.csv` with a column
-            `prompt` and one of `categories` or `category`.
+            `prompt` and, unless `category` says it, one of `categories` or `category`.
         category: of prompts that name none themselves.
 
     Raises:
@@ -30,18 +30,31 @@ def read_unsafe_prompts(path: Path, category: str = "") -> list[tuple[str, tuple
     if path.suffix.lower() == ".csv":
         rows = _rows_of_csv(path, text)
     elif path.suffix.lower() == ".txt":
-        lines = [line.strip() for line in text.splitlines()]
-        rows = [(line, "") for line in lines if line and not line.startswith("#")]
+        rows = _rows_of_lines(text)
     else:
         raise InputError(f"{path}: unsafe prompts are read from .txt and .csv files; convert it to one of them")
+    return _distinct(rows, category, str(path))
+
+
+def parse_unsafe_prompts(text: str, category: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (prompt, categories) of each different line of a text; else as `read_unsafe_prompts`."""
+    return _distinct(_rows_of_lines(text), category, "unsafe prompts")
+
+
+def _distinct(rows: list[tuple[str, str]], category: str, where: str) -> list[tuple[str, tuple[str, ...]]]:
     found: dict[str, tuple[str, ...]] = {}
     for number, (prompt, named) in enumerate(rows, start=1):
         categories = canonical_categories(named or category)
         if not categories:
-            raise InputError(f"{path}: prompt {number} has no category; name one for all with --category")
+            raise InputError(f"{where}: prompt {number} has no category; name one for all of them")
         if prompt.strip():
             found[prompt.strip()] = tuple(dict.fromkeys(found.get(prompt.strip(), ()) + categories))
     return list(found.items())
+
+
+def _rows_of_lines(text: str) -> list[tuple[str, str]]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [(line, "") for line in lines if line and not line.startswith("#")]
 
 
 def _rows_of_csv(path: Path, text: str) -> list[tuple[str, str]]:

@@ -11,11 +11,12 @@ from .judges import fresh_judge_path, judge_files, judge_folders, judge_path
 from .messages import show_text, tell
 from .own_writes import own_writes
 from .progress import PatientProgress, Progress, stop_if_cancelled
-from .prompt_files import prompt_file, prompt_files
+from .prompt_files import UNSAFE_FILE_SUFFIXES, prompt_file, prompt_files
 from .settings import blurs_unsafe
 from .training_files import earlier_experts, read_losses, stopped_training, write_metrics
 
 __all__ = [
+    "UNSAFE_FILE_SUFFIXES",
     "PatientProgress",
     "Progress",
     "base_checkpoint",

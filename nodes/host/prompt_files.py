@@ -8,7 +8,8 @@ import folder_paths
 from ...errors import InputError
 from ...files import path_inside
 
-PROMPT_FILE_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
+PAIR_FILE_SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml")
+UNSAFE_FILE_SUFFIXES = (".csv", ".txt")
 
 
 def _prompt_roots() -> dict[str, Path]:
@@ -18,7 +19,7 @@ def _prompt_roots() -> dict[str, Path]:
     }
 
 
-def prompt_files() -> list[str]:
+def prompt_files(suffixes: tuple[str, ...] = PAIR_FILE_SUFFIXES) -> list[str]:
     """Return the prompt files in the input and datasets folders, as `input/…` and `datasets/…`."""
     found = []
     for label, root in _prompt_roots().items():
@@ -29,7 +30,7 @@ def prompt_files() -> list[str]:
             found += [
                 (label / relative / name).as_posix()
                 for name in sorted(files)
-                if name.endswith(PROMPT_FILE_SUFFIXES) and not name.startswith(".") and name != "metadata.jsonl"
+                if name.endswith(suffixes) and not name.startswith(".") and name != "metadata.jsonl"
             ]
     return found
 

@@ -39,16 +39,52 @@ def test_a_server_writes_and_the_second_run_asks_for_nothing(server):
         author.close()
 
 
+def write_safe_side(body: dict) -> str:
+    prompt = re.search(r"^Prompt: (.*)$", body["messages"][0]["content"], re.MULTILINE)[1]
+    return json.dumps({"safe_prompt": prompt.replace(" with thorns", "")})
+
+
+@pytest.mark.parametrize("source", ["text", "file"])
+def test_unsafe_prompts_get_a_safe_side(server, source):
+    prompts = ["a red circle with thorns", "a blue square with thorns"]
+    given = {"unsafe_prompts": source, "unsafe_prompts.category": "hate"}
+    if source == "text":
+        given["unsafe_prompts.text"] = "# mine\n" + "\n".join(prompts) + f"\n{prompts[0]}\n"
+    else:
+        rows = [f"{prompts[0]},violence", f"{prompts[1]},"]
+        (server.base_directory / "input" / "i2p.csv").write_text("\n".join(["prompt,categories", *rows]) + "\n")
+        given["unsafe_prompts.file"] = "input/i2p.csv"
+    author = OpenAiServer(write_safe_side)
+    try:
+        given |= {"writer": "server", "writer.url": author.url, "writer.model": "toy"}
+        server.run(graph_of(dataset_name=f"safe_sides_{source}", **given))
+        (path,) = server.base_directory.rglob(f"safe_sides_{source}/prompt_pairs.jsonl")
+        pairs = read_prompt_pairs(path)
+        assert [(pair.prompt, pair.safe_prompt) for pair in pairs] == [
+            ("a red circle with thorns", "a red circle"),
+            ("a blue square with thorns", "a blue square"),
+        ]
+        first = "hate" if source == "text" else "violence"
+        assert [pair.categories for pair in pairs] == [(first,), ("hate",)]
+        assert len(author.requests) == 2
+    finally:
+        author.close()
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({"writer.url": "http://192.0.2.1/v1", "writer.model": "m"}, "not on this machine"),
         ({"writer.url": "http://127.0.0.1:9/v1", "writer.model": " "}, "model is empty"),
+        ({"unsafe_prompts": "text", "unsafe_prompts.text": "a", "unsafe_prompts.category": ""}, "has no category"),
+        ({"unsafe_prompts": "text", "unsafe_prompts.text": "", "unsafe_prompts.category": "hate"}, "no prompts"),
+        ({"unsafe_prompts": "file", "unsafe_prompts.file": "../a.csv", "unsafe_prompts.category": ""}, "not in list"),
     ],
 )
-def test_prompts_stay_on_this_machine(server, inputs, message):
+def test_a_wrong_request_is_refused(server, inputs, message):
     with pytest.raises(SafetyExpertsError, match=message):
-        server.run(graph_of(dataset_name="refused_writing", writer="server", **inputs))
+        given = {"writer.url": "http://127.0.0.1:9/v1", "writer.model": "m", **inputs}
+        server.run(graph_of(dataset_name="refused_writing", writer="server", **given))
 
 
 def test_an_image_models_text_encoder_is_refused_as_a_writer(server, checkpoint):
