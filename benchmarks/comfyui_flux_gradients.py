@@ -2,91 +2,30 @@
 
     COMFYUI_PATH=<ComfyUI> python benchmarks/comfyui_flux_gradients.py [--out FILE]
 
-Needs ComfyUI alone. See docs/comfyui_flux_gradients.md.
+Needs ComfyUI alone, and family_cases.py beside it. See docs/comfyui_flux_gradients.md.
 """
 
 import argparse
 import contextlib
 import json
-import math
-import os
-import sys
 from pathlib import Path
 
-ROOT = os.environ.get("COMFYUI_PATH")
-if not ROOT:
-    raise SystemExit("set COMFYUI_PATH to a ComfyUI folder")
-sys.path.insert(0, ROOT)
-ARGUMENTS, sys.argv = sys.argv[1:], ["main.py", "--cpu"]
+from family_cases import ARGUMENTS, CASES, random_model  # it sets ComfyUI up
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.model_management
+import comfy.weight_adapter
+import torch
+from comfy.weight_adapter.bypass import BypassInjectionManager
+from comfy_extras.nodes_train import find_modules_at_depth, patch, unpatch
+from comfyui_version import __version__ as comfyui_version
 
-comfy.options.enable_args_parsing()
-import comfy.model_base  # noqa: E402
-import comfy.model_management  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import comfy.weight_adapter  # noqa: E402
-import torch  # noqa: E402
-from comfy.weight_adapter.bypass import BypassInjectionManager  # noqa: E402
-from comfy_extras.nodes_train import find_modules_at_depth, patch, unpatch  # noqa: E402
-from comfyui_version import __version__ as comfyui_version  # noqa: E402
-
-CONFIG = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "patch_size": 2,
-    "out_channels": 16,
-    "vec_in_dim": 32,
-    "context_in_dim": 32,
-    "hidden_size": 128,
-    "mlp_ratio": 4.0,
-    "num_heads": 4,
-    "depth": 1,
-    "depth_single_blocks": 1,
-    "axes_dim": [8, 12, 12],
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
-    "dtype": torch.float32,
-}
-
-
-CONFIG_2 = CONFIG | {
-    "image_model": "flux2",
-    "patch_size": 1,
-    "vec_in_dim": None,
-    "mlp_ratio": 3.0,
-    "axes_dim": [8, 8, 8, 8],
-    "theta": 2000,
-    "qkv_bias": False,
-    "guidance_embed": False,
-    "txt_ids_dims": [3],
-    "global_modulation": True,
-    "mlp_silu_act": True,
-    "ops_bias": False,
-    "default_ref_method": "index",
-    "ref_index_scale": 10.0,
-}
-FAMILIES = {
-    "FLUX.1": (comfy.supported_models.Flux, comfy.model_base.Flux, CONFIG),
-    "FLUX.2": (comfy.supported_models.Flux2, comfy.model_base.Flux2, CONFIG_2),
-}
+FAMILIES = {"FLUX.1": "flux1", "FLUX.2": "flux2-klein"}
 
 
 def build(family: str) -> tuple[torch.nn.Module, dict]:
     """Return the model with core's adapters injected, and the adapters by module name."""
-    torch.manual_seed(0)
-    supported, base, values = FAMILIES[family]
-    config = supported(dict(values))
-    config.set_inference_dtype(torch.float32, None)
-    model = base(config, device="cpu")
-    for name, parameter in model.diffusion_model.named_parameters():
-        with torch.no_grad():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    model = random_model(CASES[FAMILIES[family]], torch.float32)
     model.requires_grad_(False)
     manager, adapters = BypassInjectionManager(), {}
     for name, module in model.named_modules():

@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-import families  # first: it sets ComfyUI up
+import family_cases as tiny  # first: it sets ComfyUI up
 import torch
 from comfy.model_patcher import ModelPatcher
-from families import ARGUMENTS, CASES, Case
+from family_cases import ARGUMENTS, CASES, Case
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.nodes.native.adapters import Adapters
 from safety_experts.nodes.native.denoiser import NativeDenoiser
@@ -36,16 +36,16 @@ torch.autograd.graph.allow_mutation_on_saved_tensors = lambda: torch.autograd.gr
     lambda tensor: [tensor], lambda box: box[0]
 )
 TOKENS, ROWS = 256, 2
-FLUX1 = families.FLUX1 | {
+FLUX1 = tiny.FLUX1 | {
     "hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
     "context_in_dim": 4096, "vec_in_dim": 768,
 }  # fmt: skip
-FLUX2 = families.FLUX2 | {"in_channels": 128, "out_channels": 128, "axes_dim": [32, 32, 32, 32]}
-SD3 = families.SD3 | {
+FLUX2 = tiny.FLUX2 | {"in_channels": 128, "out_channels": 128, "axes_dim": [32, 32, 32, 32]}
+SD3 = tiny.SD3 | {
     "adm_in_channels": 2048, "num_patches": 36864, "pos_embed_max_size": 192,
 }  # fmt: skip
-LUMINA = families.LUMINA2 | {"n_refiner_layers": 2}
-WAN = families.WAN | {"freq_dim": 256, "text_dim": 4096}
+LUMINA = tiny.LUMINA2 | {"n_refiner_layers": 2}
+WAN = tiny.WAN | {"freq_dim": 256, "text_dim": 4096}
 
 
 def sd3(depth: int, self_attention: int) -> dict:
@@ -58,10 +58,10 @@ def sd3(depth: int, self_attention: int) -> dict:
 
 
 def real(name: str, unet: dict, text_dim: int, latents: tuple[int, ...], pooled: int = 0) -> Case:
-    """Return a family's tiny case (benchmarks/families.py) in a real size."""
-    tiny = CASES[name]
+    """Return a family's tiny case (benchmarks/family_cases.py) in a real size."""
+    case = CASES[name]
     extra = {"pooled_output": lambda tokens: torch.zeros(pooled)} if pooled else {}
-    return Case(tiny.config, tiny.base, unet, latents, text_dim, extra)
+    return Case(case.config, case.base, unet, latents, text_dim, extra)
 
 
 IMAGE4, IMAGE16, IMAGE128, FRAME16 = (4, 128, 128), (16, 128, 128), (128, 64, 64), (16, 1, 128, 128)
@@ -112,13 +112,13 @@ REAL: dict[str, Case] = {
                             "txtdim": 2560, "txtlayers": 12}, 12 * 2560, FRAME16),
     "auraflow": real(
         "auraflow",
-        families.AURAFLOW | {"dim": 3072, "n_layers": 36, "n_double_layers": 4, "n_heads": 12, "global_conddim": 3072,
+        tiny.AURAFLOW | {"dim": 3072, "n_layers": 36, "n_double_layers": 4, "n_heads": 12, "global_conddim": 3072,
                              "cond_seq_dim": 2048, "max_seq": 4096},
         2048, IMAGE4,
     ),
     "cosmos-predict2-2b": real(
         "cosmos-predict2",
-        families.COSMOS | {"model_channels": 2048, "num_blocks": 28, "num_heads": 16, "crossattn_emb_channels": 1024,
+        tiny.COSMOS | {"model_channels": 2048, "num_blocks": 28, "num_heads": 16, "crossattn_emb_channels": 1024,
                            "adaln_lora_dim": 256},
         1024, FRAME16,
     ),

@@ -1,6 +1,7 @@
 """`safety-experts train`: one expert from a preference dataset."""
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -14,11 +15,13 @@ from .headless import add_comfyui_arguments, check_comfyui_arguments, chosen_com
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
     from ..preferences.dataset import PreferenceDataset
+    from ..training.events import TrainingEvents
     from ..training.recipe import Recipe
+    from ..training.retained import RetainedPrompts
     from ..training.trainer import TrainResult
 
-# What the Train node of a ComfyUI does not do.
-_NOT_IN_COMFYUI = ("recipe_from", "retain", "tokenizer", "tensorboard", "wandb", "samples", "json_lines")
+# ComfyUI has its own.
+_NOT_IN_COMFYUI = ("tokenizer",)
 HELP = "train one LoRA safety expert from a preference dataset"
 logger = logging.getLogger(__name__)
 
@@ -89,31 +92,23 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--out {arguments.out} exists; choose another name or add --overwrite or --resume")
     if arguments.sample_every < 1:
         raise InputError(f"--sample-every {arguments.sample_every} must be at least 1; leave --samples out for none")
-    from ..experts.expert_file import load_expert
-    from ..models.checkpoint import load_checkpoint
     from ..preferences.categories import canonical_category
     from ..preferences.dataset import PreferenceDataset
-    from ..training.recipe import load_recipe
+    from ..training.event_lines import save_samples
+    from ..training.events import TrainingEvents
     from ..training.retained import read_retained
+    from ..training.samples import Samples
+    from .stopping import stop_when_asked
+    from .training_progress import TrainingBars, is_main_process, json_lines
 
+    where = _InComfyUI if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI) else _Here
     category = canonical_category(arguments.category) if arguments.category else None
-    if check_comfyui_arguments(arguments, _NOT_IN_COMFYUI):
-        _run_in_comfyui(arguments, category)
-        return
-    recipe = None if arguments.recipe_from else load_recipe(arguments.recipe or "sd15", arguments.set)
     retain = {name: prompts for path in arguments.retain for name, prompts in read_retained(path).items()}
     dataset = PreferenceDataset.open(arguments.dataset)
-    checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
-    if recipe is None:
-        recipe, category = _repeat(arguments, category, dataset, checkpoint)
+    place = where(arguments, dataset)
+    recipe, category = _recipe(arguments, category, dataset, place)
 
-    from ..training.events import TrainingEvents
-    from ..training.samples import Samples
-    from ..training.trainer import train_expert
-    from .stopping import stop_when_asked
-    from .training_progress import JsonLines, TrainingBars, is_main_process, save_samples
-
-    progress = JsonLines() if arguments.json_lines else TrainingBars()
+    progress = json_lines() if arguments.json_lines else TrainingBars()
 
     def show_samples(samples: Samples) -> None:
         progress.samples(samples, save_samples(samples, arguments.samples))
@@ -128,28 +123,17 @@ def run(arguments: argparse.Namespace) -> None:
                 sinks=_metrics(arguments, recipe.model_dump(mode="json")),
                 sample_every=arguments.sample_every if arguments.samples else 0,
             )
-            result = train_expert(
-                checkpoint,
-                dataset,
-                recipe,
-                arguments.out,
-                events=events,
-                category=category,
-                device=arguments.device,
-                with_experts=[load_expert(path) for path in arguments.with_expert],
-                resume=arguments.resume,
-                retain=retain,
-            )
+            result = place.train(recipe, events, category, retain)
     finally:
         progress.close()
     if not is_main_process():
         return
-    if isinstance(progress, JsonLines):
-        progress.result(result)
+    if not isinstance(progress, TrainingBars):
+        progress.result(result.path, result.step, result.records, stopped=result.stopped)
     elif arguments.json:
         taken = {"expert": str(result.path), "step": result.step, "steps": len(result.records)}
         taken |= {"shortfall": result.shortfall} if result.shortfall else {}
-        print(json.dumps(taken | result.records[result.step - 1]))
+        print(json.dumps(taken | (result.records[result.step - 1] if result.records else {})))
     elif not result.stopped:
         print(f"{result.path}: weights of step {_steps(result)}, {', '.join(result.expert.categories)}")
     if result.stopped:
@@ -159,51 +143,79 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _run_in_comfyui(arguments: argparse.Namespace, category: str | None) -> None:
-    from ..headless.training import train_in_comfyui
-    from ..preferences.dataset import PreferenceDataset
-    from ..training.family_recipes import recipe_for_family
-    from ..training.metrics import MetricsFiles
-    from ..training.recipe import load_recipe
-    from .progress import Bars
-    from .stopping import stop_when_asked
+class _Here:
+    """Training in this process, on a checkpoint or a diffusers folder."""
 
-    dataset = PreferenceDataset.open(arguments.dataset)
-    dataset.training_pairs(category)  # says at once when there are none
-    recipe = load_recipe(arguments.recipe or recipe_for_family(dataset.info.base_checkpoint.family), arguments.set)
-    files = chosen_files(arguments)
-    if absent := next((path for path in arguments.with_expert if not Path(path).is_file()), None):
-        raise InputError(f"no such file: {absent}; check --with-expert")
-    bars = Bars(is_hidden=False)
+    recipe_name = "sd15"
 
-    def show(done: int, total: int) -> None:
-        bars.show("train" if total == recipe.steps else "encode", done, total)
+    def __init__(self, arguments: argparse.Namespace, dataset: "PreferenceDataset"):
+        self._arguments, self._dataset = arguments, dataset
 
-    try:
-        with stop_when_asked() as should_stop:
-            result = train_in_comfyui(
-                chosen_comfyui(arguments, show, should_stop),
-                files,
-                dataset,
-                recipe,
-                arguments.out,
-                category=category,
-                with_experts=[Path(path) for path in arguments.with_expert],
-                resume=arguments.resume,
-            )
-    finally:
-        bars.close()
-    if arguments.metrics:
-        MetricsFiles(arguments.metrics).start(result.records)
-    if arguments.json:
-        taken = {"expert": str(arguments.out), "step": result.step, "steps": len(result.records)}
-        print(json.dumps(taken | (result.records[result.step - 1] if result.records else {})))
-    elif not result.stopped:
-        print(f"{arguments.out}: weights of step {result.step}, {', '.join(result.expert.categories)}")
-    if result.stopped:
-        raise SafetyExpertsError(
-            f"stopped after {len(result.records)} of {recipe.steps} steps; {arguments.out} was saved with the weights "
-            f"of step {result.step}, the same command with --resume goes on"
+    @functools.cached_property
+    def _checkpoint(self) -> "Checkpoint":
+        from ..models.checkpoint import load_checkpoint
+
+        return load_checkpoint(self._arguments.model, tokenizer_folder=self._arguments.tokenizer)
+
+    @property
+    def sha256(self) -> str | None:
+        return self._checkpoint.sha256
+
+    def train(
+        self, recipe: "Recipe", events: "TrainingEvents", category: str | None, retain: "RetainedPrompts"
+    ) -> "TrainResult":
+        from ..experts.expert_file import load_expert
+        from ..training.trainer import train_expert
+
+        return train_expert(
+            self._checkpoint,
+            self._dataset,
+            recipe,
+            self._arguments.out,
+            events=events,
+            category=category,
+            device=self._arguments.device,
+            with_experts=[load_expert(path) for path in self._arguments.with_expert],
+            resume=self._arguments.resume,
+            retain=retain,
+        )
+
+
+class _InComfyUI:
+    """Training by a ComfyUI's Train Safety Expert, on the MODEL of its loaders."""
+
+    def __init__(self, arguments: argparse.Namespace, dataset: "PreferenceDataset"):
+        from ..training.family_recipes import recipe_for_family
+
+        self._arguments, self._dataset = arguments, dataset
+        self._files = chosen_files(arguments)
+        self.recipe_name = recipe_for_family(dataset.info.base_checkpoint.family)
+        if absent := next((path for path in arguments.with_expert if not Path(path).is_file()), None):
+            raise InputError(f"no such file: {absent}; check --with-expert")
+
+    @property
+    def sha256(self) -> str:
+        from ..files import sha256_of_file
+
+        return sha256_of_file(self._files.model)
+
+    def train(
+        self, recipe: "Recipe", events: "TrainingEvents", category: str | None, retain: "RetainedPrompts"
+    ) -> "TrainResult":
+        from ..headless.training import train_in_comfyui
+
+        self._dataset.training_pairs(category)  # says at once when there are none
+        return train_in_comfyui(
+            chosen_comfyui(self._arguments, lambda done, total: None, events.should_stop),
+            self._files,
+            self._dataset,
+            recipe,
+            self._arguments.out,
+            events=events,
+            category=category,
+            with_experts=[Path(path) for path in self._arguments.with_expert],
+            resume=self._arguments.resume,
+            retain=retain,
         )
 
 
@@ -211,24 +223,32 @@ def _steps(result: "TrainResult") -> str:
     return f"{result.step}" + (f" of {len(result.records)} taken" if result.step < len(result.records) else "")
 
 
-def _repeat(
-    arguments: argparse.Namespace, category: str | None, dataset: "PreferenceDataset", checkpoint: "Checkpoint"
+def _recipe(
+    arguments: argparse.Namespace, category: str | None, dataset: "PreferenceDataset", place: _Here | _InComfyUI
 ) -> "tuple[Recipe, str | None]":
-    """Return (recipe, category) of the expert to train again; warn where the result must differ."""
+    """Return (recipe, category), those of an expert to train again; warn where the result must differ."""
     from ..experts.expert_file import load_expert
-    from ..training.recipe import recipe_of_expert
+    from ..training.recipe import load_recipe, recipe_of_expert
 
+    if not arguments.recipe_from:
+        return load_recipe(arguments.recipe or place.recipe_name, arguments.set), category
     expert = load_expert(arguments.recipe_from)
     recipe, own_category = recipe_of_expert(expert, arguments.set)
     trained = expert.info.trained
     assert trained  # else it has no recipe
     frozen = [printable(parent.name) for parent in trained.trained_with]
-    if len(frozen) != len(arguments.with_expert):
+    given = len(arguments.with_expert)
+    if expert.info.base_checkpoint.patches:  # on a MODEL with LoRAs on it, of which only a hash is known
+        if not given:
+            raise InputError(
+                f"{arguments.recipe_from} was trained on a model with LoRAs on it: give them with --with-expert"
+            )
+    elif len(frozen) != given:
         wanted = " ".join(f"--with-expert {name}.safetensors" for name in frozen) or "no --with-expert"
         raise InputError(f"{arguments.recipe_from} was trained with {len(frozen)} experts in the model: give {wanted}")
     differences = {
         "dataset": dataset.fingerprint() != trained.dataset_fingerprint,
-        "model": checkpoint.sha256 != expert.info.base_checkpoint.sha256,
+        "model": place.sha256 != expert.info.base_checkpoint.sha256,
         "recipe": bool(arguments.set) or bool(trained.resumed_with),
     }
     if different := [name for name, differs in differences.items() if differs]:

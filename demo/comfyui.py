@@ -33,6 +33,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _POLL_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 3
 _START_TIMEOUT_SECONDS = 300
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", "SAFETY_EXPERTS_ENDS_WITH_STDIN": "1"}
 # A proxy from the environment must not stand between us and our own machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -229,10 +230,10 @@ class ComfyServer:
             self._process = subprocess.Popen(
                 command,
                 cwd=self.comfyui,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # held open as long as we live: nodes/host/command.py
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8", **self._environment},
+                env={**os.environ, **_ENVIRONMENT, **self._environment},
                 # A Ctrl-C in the terminal is for us: the server is asked to stop, and saves what there is.
                 start_new_session=os.name == "posix",
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -256,6 +257,8 @@ class ComfyServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
         self._process = None
 
     async def _follow(

@@ -81,13 +81,15 @@ class ActivationCounter:
 
     @contextlib.contextmanager
     def hook_modules(
-        self, named_modules: Iterable[tuple[str, nn.Module]], name_of: Callable[[str], str] = kohya_name
+        self,
+        named_modules: Iterable[tuple[str, nn.Module]],
+        names_of: Callable[[str], Iterable[str]] = lambda path: (kohya_name(path),),
     ) -> Iterator[None]:
         """Inside, every forward pass of the modules that the experts change is counted.
 
         Args:
             named_modules: (path, module), such as `unet.named_modules()` of the base model.
-            name_of: module path -> layer name.
+            names_of: module path -> names of the layers that see its input: parts of a fused layer are several.
 
         Raises:
             InputError: none of the modules is a layer of the experts.
@@ -96,7 +98,7 @@ class ActivationCounter:
         handles = []
         try:
             for path, module in named_modules:
-                if (name := name_of(path)) in wanted:
+                for name in wanted.intersection(names_of(path)):
                     handles.append(module.register_forward_pre_hook(self._hook(name, module)))
             if not handles:
                 raise InputError(

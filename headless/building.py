@@ -11,7 +11,6 @@ from ..preferences.pairs import write_prompt_pairs
 from ..preferences.prompt_pair import PromptPair
 from .graphs import Graph, ModelFiles, add_loaders
 from .session import Comfy, run_graph, tidied, tidy, work_folder
-from .training import DATASET_VARIABLE
 
 _PROMPTS = "pairs.jsonl"
 
@@ -89,7 +88,7 @@ def build_in_comfyui(
         )
 
     with tidied(work):
-        finished = run_graph(comfy, work, build, {DATASET_VARIABLE: str(out.absolute())})
+        finished = run_graph(comfy, work, build, {"dataset": out.absolute()})
     if not finished:
         raise BuildingStoppedError(f"stopped; what was drawn is kept in {out}, the same command goes on")
     return PreferenceDataset.open(out)

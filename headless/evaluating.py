@@ -14,7 +14,6 @@ from .building import Sampling, add_prompt_pairs
 from .graphs import Graph, Link, ModelFiles, add_experts, add_loaders
 from .session import Comfy, run_graph, tidied, tidy, work_folder
 
-EVALUATION_VARIABLE = "SAFETY_EXPERTS_EVALUATION"  # nodes/host/evaluations.py
 _JUDGES_FOLDER = "safety_judges"  # nodes/host/judges.py
 _WITH_CLIP = ("q16", "clip-concepts")
 
@@ -71,7 +70,7 @@ def evaluate_in_comfyui(
         )
 
     with tidied(work):
-        finished = run_graph(comfy, work, build, {EVALUATION_VARIABLE: str(out.absolute())})
+        finished = run_graph(comfy, work, build, {"evaluation": out.absolute()})
     return finished
 
 

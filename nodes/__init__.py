@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import host
 from .applying import SafetyExpertsApply
 from .attacking import SafetyExpertsAttack
 from .checked import checked
@@ -26,6 +27,7 @@ class SafetyExpertsExtension(ComfyExtension):
     """The pack, as ComfyUI loads it."""
 
     async def on_load(self) -> None:
+        host.end_with_the_command()
         register_review_page()
         register_report_page()
 

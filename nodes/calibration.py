@@ -33,7 +33,7 @@ def count_activations(
     """
     settings = sampling.SamplerSettings("euler", "normal", steps, 1.0, width_px, height_px)
     pairs = random.Random(0).sample(prompt_pairs, min(num_prompts, len(prompt_pairs)))
-    watched = _watch(model, counter)
+    watched = watch(model, counter)
     negative = sampling.encode_prompt(clip, "")
     progress = host.Progress(len(pairs) * steps)
     for pair in pairs:
@@ -41,26 +41,34 @@ def count_activations(
         sampling.sample_latents(watched, [condition], [negative], [pair.seed], settings, progress.advance)
 
 
-def _watch(model, counter: ActivationCounter):
+def watch(model, counter: ActivationCounter):
     """Return a clone of a ModelPatcher whose layers report to `counter` while it is loaded."""
     names = _layer_names(model, counter)
     hooks = contextlib.ExitStack()
 
     def inject(patcher) -> None:
-        hooks.enter_context(counter.hook_modules(patcher.model.named_modules(), lambda path: names.get(path, "")))
+        hooks.enter_context(counter.hook_modules(patcher.model.named_modules(), lambda path: names.get(path, ())))
 
     watched = model.clone()
     watched.set_injections(INJECTION_KEY, [PatcherInjection(inject=inject, eject=lambda patcher: hooks.close())])
     return watched
 
 
-def _layer_names(model, counter: ActivationCounter) -> dict[str, str]:
-    """Return module path in ComfyUI's model -> kohya name, for all of the counter's layers."""
+def _layer_names(model, counter: ActivationCounter) -> dict[str, list[str]]:
+    """Return module path in ComfyUI's model -> kohya names, for all of the counter's layers.
+
+    Several where an expert trained by checkpoint has apart what the model keeps in one weight: core's table then gives
+    the weight and the rows.
+    """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    missing = [name for name in counter.layers if not isinstance(keys.get(name), str)]
+    missing = [name for name in counter.layers if name not in keys]
     if missing:
         raise InputError(
             f"cannot calibrate on this model: {len(missing)} of {len(counter.layers)} layers of the experts "
             f"are not in it, first {missing[0]}; use the model they were trained on"
         )
-    return {keys[name].removesuffix(".weight"): name for name in counter.layers}
+    names: dict[str, list[str]] = {}
+    for name in counter.layers:
+        key = keys[name] if isinstance(keys[name], str) else keys[name][0]
+        names.setdefault(key.removesuffix(".weight"), []).append(name)
+    return names

@@ -1,7 +1,6 @@
 """Training in several processes, started by torchrun and followed from here: what a graph does to use several GPUs."""
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -14,16 +13,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
 from ..experts.expert_file import load_expert
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
-from ..training.events import StepRecord, TrainingEvents
+from ..training.event_lines import follow_line
+from ..training.events import TrainingEvents
 from ..training.processes import Processes
 from ..training.recipe import Recipe
-from ..training.samples import Samples
 from ..training.trainer import TrainingStoppedError, TrainResult
 from .host import clip_tokenizer_folder
 
@@ -113,7 +111,8 @@ def _follow(process: subprocess.Popen, events: TrainingEvents) -> dict | None:
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    asked, done = False, None
+    asked = False
+    done: dict | None = None
     while True:
         if events.should_stop() and not asked:
             asked = True
@@ -126,22 +125,7 @@ def _follow(process: subprocess.Popen, events: TrainingEvents) -> dict | None:
         if line is None:
             process.wait()
             return done
-        if not line.startswith('{"stage"'):
-            continue
-        values = json.loads(line)
-        stage = values.pop("stage")
-        if stage == "done":
-            done = values
-        elif stage == "resumed":
-            events.on_resume(values["records"])
-        elif stage == "samples":
-            pictures = {}
-            for prompt, path in values["pictures"].items():
-                with Image.open(path, formats=("PNG",)) as picture:
-                    pictures[prompt] = picture.convert("RGB")
-            events.on_samples(Samples(values["step"], pictures))
-        else:
-            events.on_step(StepRecord(stage, **values))
+        done = follow_line(line, events) or done
 
 
 def _failure(errors: Path, was_stopped: bool) -> SafetyExpertsError:

@@ -11,10 +11,12 @@ from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
+from ..training.event_lines import also_written
 from ..training.events import StepRecord, TrainingEvents
 from ..training.family_recipes import family_mismatch, recipe_for_family
 from ..training.identity import finished_training
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
+from ..training.retained import groups_of_prompts
 from ..training.trainer import TrainingStoppedError, TrainResult, resume_path, train_expert
 from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
@@ -95,6 +97,14 @@ class SafetyExpertsTrain(io.ComfyNode):
                     advanced=True,
                     tooltip="Train also when an expert of this name is this very training's, and finished.",
                 ),
+                io.String.Input(
+                    "retain",
+                    default="",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Prompts that must stay as they are (recipe redirect), one a line; a blank line begins "
+                    "another group.",
+                ),
             ],
             outputs=[
                 io.LoraModel.Output("lora", tooltip="The expert's weights, for core's Load LoRA Model and Save LoRA."),
@@ -130,10 +140,14 @@ class SafetyExpertsTrain(io.ComfyNode):
         clip=None,
         vae=None,
         train_again: bool = False,
+        retain: str = "",
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
         wanted = sockets.one_category(category, own_category)
         dataset.training_pairs(wanted)  # says at once when there are none of the category
+        retained = groups_of_prompts(retain or "")
+        if retained and processes > 1:
+            raise InputError("prompts to retain are for one process: set processes to 1, or disconnect `retain`")
         path = host.fresh_expert_path(expert_name)
         base: NativeBase | Checkpoint
         if model is not None:
@@ -145,7 +159,7 @@ class SafetyExpertsTrain(io.ComfyNode):
         if mismatch := family_mismatch(recipe.name, base.family):
             host.tell(node_id, mismatch, "warn")
         for earlier in () if train_again else host.earlier_experts(path):
-            if expert := finished_training(earlier, recipe, dataset, base, wanted):
+            if expert := finished_training(earlier, recipe, dataset, base, wanted, retain=retained):
                 name = host.expert_name(earlier)
                 host.tell(node_id, f"{name} is this very training, finished: given back. To repeat it: train_again")
                 return _output(expert, host.read_losses(earlier), name)
@@ -172,6 +186,8 @@ class SafetyExpertsTrain(io.ComfyNode):
             should_stop=progress.is_cancelled,
             sample_every=sample_every,
         )
+        if lines := host.told_by_command("training_events"):
+            events = also_written(events, lines)
         with host.training_on_device() as device:
             try:
                 if processes > 1:
@@ -183,7 +199,7 @@ class SafetyExpertsTrain(io.ComfyNode):
                     result = train_expert(
                         base, dataset, recipe, path,
                         events=events, category=wanted, device=device, resume=resume,
-                        policy_loader=base.load_policy if model is not None else None,
+                        policy_loader=base.load_policy if model is not None else None, retain=retained,
                     )  # fmt: skip
             except TrainingStoppedError as error:
                 host.tell(node_id, str(error), "warn")

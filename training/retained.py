@@ -41,6 +41,23 @@ def read_retained(path: str | Path) -> RetainedPrompts:
     return {path.stem: tuple(dict.fromkeys(prompts))}
 
 
+def groups_of_prompts(text: str) -> RetainedPrompts:
+    """Return the prompts of a text, one a line; a blank line begins another group."""
+    groups: dict[str, list[str]] = {}
+    number = 1
+    for line in text.splitlines():
+        if line.strip():
+            groups.setdefault(f"retain {number}", []).append(line.strip())
+        elif groups:
+            number = len(groups) + 1
+    return {name: tuple(dict.fromkeys(prompts)) for name, prompts in groups.items()}
+
+
+def text_of_groups(groups: RetainedPrompts) -> str:
+    """Return the text that `groups_of_prompts` reads."""
+    return "\n\n".join("\n".join(" ".join(prompt.split()) for prompt in prompts) for prompts in groups.values())
+
+
 def retained_prompts(
     dataset: PreferenceDataset,
     pairs: Sequence[PreferencePair],

@@ -1,6 +1,7 @@
 """ComfyUI's folders, device and progress as the library wants them; every path of a workflow is checked here."""
 
 from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder, open_checkpoint
+from .command import end_with_the_command, told_by_command
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
 from .evaluations import evaluation_folder
@@ -29,6 +30,7 @@ __all__ = [
     "dataset_names",
     "dataset_state",
     "earlier_experts",
+    "end_with_the_command",
     "evaluation_folder",
     "expert_name",
     "expert_names",
@@ -49,6 +51,7 @@ __all__ = [
     "stop_if_cancelled",
     "stopped_training",
     "tell",
+    "told_by_command",
     "training_on_device",
     "write_metrics",
 ]

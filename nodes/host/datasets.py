@@ -7,15 +7,8 @@ import folder_paths
 
 from ...errors import InputError
 from ...files import path_inside
+from .command import told_by_command
 from .file_state import file_state
-
-# The command line starts a ComfyUI of its own for a dataset that lies anywhere (headless/): no workflow can name it.
-FOLDER_VARIABLE = "SAFETY_EXPERTS_DATASET"
-
-
-def _given_folder() -> Path | None:
-    given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given) if given else None
 
 
 def dataset_names() -> list[str]:
@@ -26,7 +19,7 @@ def dataset_names() -> list[str]:
             if "dataset.json" in files:
                 names.add(Path(folder).relative_to(root).as_posix())
                 subfolders.clear()
-    if given := _given_folder():
+    if given := told_by_command("dataset"):
         names.add(given.name)
     return sorted(names)
 
@@ -37,7 +30,7 @@ def dataset_folder(name: str) -> Path:
     Raises:
         InputError: the name is empty or leaves the datasets folder.
     """
-    given = _given_folder()
+    given = told_by_command("dataset")
     if given and name == given.name:
         return given
     folders = []
@@ -54,7 +47,7 @@ def dataset_name(folder: Path) -> str | None:
     for root in folder_paths.get_folder_paths("datasets"):
         if folder.resolve().is_relative_to(Path(root).resolve()):
             return folder.resolve().relative_to(Path(root).resolve()).as_posix()
-    given = _given_folder()
+    given = told_by_command("dataset")
     return given.name if given and given == folder else None
 
 

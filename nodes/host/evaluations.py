@@ -1,15 +1,12 @@
 """Where evaluations made in the graph lie: in ComfyUI's user folder, where no request of its own reaches them."""
 
-import os
 from pathlib import Path
 
 import folder_paths
 
 from ...errors import InputError
 from ...files import path_inside
-
-# As for datasets: the folder of a command that started this ComfyUI.
-FOLDER_VARIABLE = "SAFETY_EXPERTS_EVALUATION"
+from .command import told_by_command
 
 
 def evaluation_folder(name: str) -> Path:
@@ -18,8 +15,8 @@ def evaluation_folder(name: str) -> Path:
     Raises:
         InputError: the name is empty or leaves the folder of evaluations.
     """
-    if (given := os.environ.get(FOLDER_VARIABLE)) and name == Path(given).name:
-        return Path(given)
+    if (given := told_by_command("evaluation")) and name == given.name:
+        return given
     root = Path(folder_paths.get_system_user_directory("safety_experts")) / "evaluations"
     folder = path_inside(root, name.strip())
     if folder == root.resolve():

@@ -15,6 +15,7 @@ from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.files import sha256_of_file
+from safety_experts.headless.session import Comfy, one_comfyui
 from safety_experts.preferences.dataset import PreferenceDataset
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,13 @@ def folder(tmp_path_factory) -> Path:
     save_file({key: value.clone() for key, value in clip.items()}, folder / "clip_l.safetensors")
     (folder / "pairs.csv").write_text(PROMPTS)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def comfyui(tmp_path_factory):
+    """One server for all commands but those that run as programs of their own."""
+    with one_comfyui(Comfy(find_comfyui()), tmp_path_factory.mktemp("comfyui")):
+        yield
 
 
 def model(folder: Path, **changes: str) -> list[str]:
@@ -78,8 +86,58 @@ def test_a_dataset_is_drawn_where_it_belongs_and_names_the_file(folder, dataset)
 @pytest.fixture(scope="module")
 def expert(folder, dataset) -> Path:
     out = folder / "whole.safetensors"
-    assert run(training(folder, out, "--metrics", str(folder / "metrics"))) == 0
+    reports = ["--metrics", str(folder / "metrics"), "--tensorboard", str(folder / "board")]
+    assert run(training(folder, out, *reports, "--samples", str(folder / "samples"), "--sample-every", "20")) == 0
     return out
+
+
+def test_metrics_and_pictures_of_a_training_lie_where_they_were_asked_for(folder, expert):
+    lines = (folder / "metrics" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS and json.loads(lines[0])["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
+    assert len((folder / "metrics" / "metrics.csv").read_text().splitlines()) == STEPS + 1
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator(str(folder / "board")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, STEPS + 1))
+    drawn = [f"step_{step:05}_{number}.png" for step in (0, 20, STEPS) for number in (0, 1)]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == drawn
+
+
+def test_an_expert_trains_again_by_its_own_recipe_with_a_line_of_json_a_step(folder, expert, capsys):
+    out = folder / "again.safetensors"
+    command = [*training(folder, out, "--recipe-from", str(expert), "--json-lines")]
+    without_recipe = [word for word in command if word != "--set" and "=" not in word]
+    assert run(without_recipe) == 0
+
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in lines if line["stage"] == "train"] == list(range(1, STEPS + 1))
+    assert lines[-1]["stage"] == "done" and lines[-1]["expert"] == str(out) and len(lines[-1]["records"]) == STEPS
+    assert load_expert(out).tensors_sha256() == load_expert(expert).tensors_sha256()
+
+
+def test_prompts_to_retain_reach_the_training(folder, dataset):
+    (folder / "kept.txt").write_text("a green circle\na yellow square\n")
+    redirect = ["redirect=true", "objective={}", "anchor_weight=0", "anchor_every=1", "sft_weight=0"]
+    redirect += ["leak_budget=1000", "held_out_fraction=0.5", "evaluate_steps=1", "retain_fraction=0.5", "steps=2"]
+    overrides = [word for setting in redirect for word in ("--set", setting)]
+    out = folder / "kept.safetensors"
+    assert run(training(folder, out, "--retain", str(folder / "kept.txt"), *overrides)) == 0
+    assert load_expert(out).info.trained.retained_sha256
+
+
+def test_a_killed_command_takes_its_server_with_it(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import time\nfrom safety_experts.demo.comfyui import ComfyServer\n"
+        f"with ComfyServer({str(tmp_path / 'base')!r}) as server:\n"
+        "    print(server.process_id, flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        server_id = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{server_id}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_ctrl_c_keeps_what_there_is_and_resume_ends_at_the_same_weights(folder, expert):
@@ -101,8 +159,6 @@ def test_ctrl_c_keeps_what_there_is_and_resume_ends_at_the_same_weights(folder, 
     assert run(training(folder, out, "--resume")) == 0
 
     assert load_expert(out).tensors_sha256() == load_expert(expert).tensors_sha256()
-    lines = (folder / "metrics" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == STEPS and json.loads(lines[0])["loss/preference"] == pytest.approx(0.693147, abs=1e-5)
     assert {path.name for path in folder.glob(".*")} == set() and not out.with_suffix(".resume").exists()
 
 
