@@ -3,9 +3,9 @@
     COMFYUI_PATH=<ComfyUI> python benchmarks/families.py [--only sd15,flux1] [--out benchmarks/results/families.json]
 
 For each: the reference is bit for bit the model without adapters; the gradient of the DPO loss is that of float64
-finite differences and of plain autograd on saved copies; two steps lower the loss on fixed noise; the saved file loads
-in stock LoraLoaderModelOnly with every key and gives what the adapters gave, under diffusers' names too; Co-Merge
-counts alike over fused layers and split ones. Exit 1 if one is not so.
+finite differences and of plain autograd on saved copies, also where the model stays in RAM; two steps lower the
+loss on fixed noise; the saved file loads in stock LoraLoaderModelOnly with every key and gives what the adapters gave,
+under diffusers' names too; Co-Merge counts alike over fused layers and split ones. Exit 1 if one is not so.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from safety_experts.experts.info import ExpertInfo
 from safety_experts.experts.keys import TRANSFORMER_PREFIX, kohya_name
 from safety_experts.nodes.calibration import watch
 from safety_experts.nodes.native import identity
+from safety_experts.nodes.native.adapters import target_layers
 from safety_experts.nodes.native.denoiser import NativeDenoiser
 from safety_experts.nodes.native.policy import NativePolicy
 from safety_experts.nodes.native.verification import check_loads
@@ -112,9 +113,11 @@ def moved(policy: NativePolicy, direction: Tensor, step: float) -> Iterator[None
         add(-step)
 
 
-def open_policy(case: Case, dtype: torch.dtype) -> tuple[NativePolicy, Batch, Tensor, Tensor]:
+def open_policy(
+    case: Case, dtype: torch.dtype, patcher: ModelPatcher | None = None
+) -> tuple[NativePolicy, Batch, Tensor, Tensor]:
     """Return a policy whose B is not zero, its batch, and the predictions of the bare model and of the reference."""
-    patcher = build(case, dtype)
+    patcher = patcher or build(case, dtype)
     recipe = load_recipe("toy", ["rank=4", "beta=5"])
     policy = NativePolicy(patcher, recipe)
     batch = Batch(case, patcher.model, dtype)
@@ -166,7 +169,29 @@ def check(name: str, folder: Path) -> dict:
     slopes = [slope(policy, batch, reference, direction, step) for step in (1e-3, 1e-4, 1e-5)]
     found["finite_difference_error"] = min(abs(value / float(ours.norm()) - 1) for value in slopes)
     policy.close()
+    found["in_ram_gradient_error"] = in_ram(case)
     return found
+
+
+def in_ram(case: Case) -> float:
+    """Return how far gradients are off where the model stays in RAM, patched weights with it, as ComfyUI does it.
+
+    Here RAM is where the rest is too: what is tried is that weights come anew in every pass, not the transfer.
+    """
+    patcher = build(case, torch.float32)
+    paths = [path for path, _ in target_layers(patcher.model, "attention")]
+    for path in (paths[0], paths[-1]):
+        weight = patcher.model.get_submodule(path).weight
+        change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.01
+        patcher.add_patches({f"{path}.weight": ("diff", (change,))})
+    policy, batch, _, reference = open_policy(case, torch.float32, patcher)
+    set_up_matrices(policy, torch.float32)
+    whole = gradient(policy, loss_of(policy, batch, reference))
+    freed = policy._patcher.partially_unload(CPU, policy._patcher.model_size())
+    assert freed and policy._patcher.model.lowvram_patch_counter
+    parts = gradient(policy, loss_of(policy, batch, reference))
+    policy.close()
+    return float((parts - whole).norm() / whole.norm())
 
 
 @torch.no_grad()
@@ -342,6 +367,7 @@ def is_right(found: dict) -> bool:
         and found.get("diffusers_file_error", 0.0) < 1e-2
         and found.get("mixed_experts_count_alike", True)
         and found["gradient_error"] < 1e-5
+        and found["in_ram_gradient_error"] < 1e-5
         and found["finite_difference_error"] < 1e-3
     )
 

@@ -1,13 +1,13 @@
 """Which shipped recipe is for which model family."""
 
-# Recipe -> families it is made for; the first one of a family is where to start. Other recipes are for any family.
+# Recipe -> families it is made for, as ComfyUI tells them apart (nodes/native/identity.py); the first one of a family is where to start. Other recipes are for any family.
 _MADE_FOR = {
     "sd15": ("sd15", "sd20"),
     "sdxl": ("sdxl",),
     "sdxl-anime": ("sdxl",),
     "z-image": ("z-image",),
-    "qwen-image": ("qwen-image",),
-    "flux2-klein": ("flux2",),
+    "qwen-image": ("qwen-image", "wan2.1", "wan2.2", "hidream", "krea2"),
+    "flux2-klein": ("flux2", "flux", "chroma"),
 }
 _OTHERWISE = "z-image"  # the other families that can be trained predict a velocity, as Z-Image does
 

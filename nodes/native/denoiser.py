@@ -25,7 +25,7 @@ class NativeDenoiser:
     Args:
         patcher: ComfyUI's ModelPatcher, loaded on its device whenever `predict` is called.
         checkpoint_blocks: keep only the inputs of each block for the backward pass; always done where a model writes
-            into its own activations.
+            into its own activations, or where a part of it is in RAM.
         flow_error: "velocity", or "x0": flow models compare the images that follow (see models/flow.py).
     """
 
@@ -33,8 +33,8 @@ class NativeDenoiser:
         self.patcher, self.flow_error = patcher, flow_error
         self.model: Any = patcher.model
         diffusion_model = self.model.diffusion_model
-        needed = checkpoint_blocks or not block_checkpoint.can_do_without(diffusion_model)
-        self._blocks = block_checkpoint.blocks_of(diffusion_model) if needed else []
+        self._checkpoints = checkpoint_blocks or not block_checkpoint.can_do_without(diffusion_model)
+        self._blocks = block_checkpoint.blocks_of(diffusion_model)
         dtype = self.model.get_dtype_inference()
         self.autocast_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
 
@@ -75,12 +75,14 @@ class NativeDenoiser:
         """Return the network's output [b, …] float32; conditions are b rows, which may differ in length."""
         rows = rows_of(conditions, len(noisy))
         sigmas = self.sigmas(timesteps)
+        # Without checkpoints autograd would keep all the weights that came from RAM.
+        blocks = self._blocks if self._checkpoints or self.model.model_lowvram else []
         # A checkpointed block differentiates what it was given: something it is given has to ask for it.
         noisy = noisy.detach().requires_grad_(torch.is_grad_enabled())
         parts: list[Tensor | None] = [None] * len(noisy)
         with (
             kernels.training_mode(),
-            block_checkpoint.checkpointed(self._blocks, kernels.training_mode),
+            block_checkpoint.checkpointed(blocks, kernels.training_mode),
             raw_output(self.sampling, raw=not self._compares_images),
         ):
             for group in group_rows(self.model, noisy, rows):

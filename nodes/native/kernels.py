@@ -29,18 +29,22 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Inside, ComfyUI's models compute with what autograd can follow (Anima's rotation has no switch of its own)."""
+    """Inside, ComfyUI's models compute with what autograd can follow (Anima's rotation has no switch of its own).
+
+    Weights that come from RAM come into memory of their own: the streams that bring them while the layer before still
+    computes write into buffers that are used again, and autograd needs a weight until the block's way back is done.
+    """
     kitchen = getattr(comfy.quant_ops, "ck", None)
     names = [name for name in _NAMES if hasattr(kitchen, name) and hasattr(eager, name)]
     before = {name: getattr(kitchen, name) for name in names}
-    was_training = comfy.model_management.in_training
-    comfy.model_management.in_training = True
+    was_training, num_streams = comfy.model_management.in_training, comfy.model_management.NUM_STREAMS
+    comfy.model_management.in_training, comfy.model_management.NUM_STREAMS = True, 0
     for name in names:
         setattr(kitchen, name, getattr(eager, name))
     try:
         with uninterrupted():
             yield
     finally:
-        comfy.model_management.in_training = was_training
+        comfy.model_management.in_training, comfy.model_management.NUM_STREAMS = was_training, num_streams
         for name, function in before.items():
             setattr(kitchen, name, function)

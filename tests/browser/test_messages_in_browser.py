@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -58,10 +60,12 @@ def server(tmp_path_factory):
         graphs.add_generation(graph, ensure_toy_checkpoint().name, "pairs", text)
         server.run(graph)
         datasets = base / "datasets"
-        shutil.copytree(datasets / "pairs", datasets / "pairs_of_flux")
-        info = json.loads((datasets / "pairs_of_flux" / "dataset.json").read_text())
-        info["base_checkpoint"] = {"name": "flux1-dev.safetensors", "sha256": "0" * 64, "family": "flux"}
-        (datasets / "pairs_of_flux" / "dataset.json").write_text(json.dumps(info))
+        for family, name in (("flux", "flux1-dev.safetensors"), ("sd20", "v2-1_768.safetensors")):
+            folder = datasets / f"pairs_of_{family}"
+            shutil.copytree(datasets / "pairs", folder)
+            info = json.loads((folder / "dataset.json").read_text())
+            info["base_checkpoint"] = {"name": name, "sha256": "0" * 64, "family": family}
+            (folder / "dataset.json").write_text(json.dumps(info))
         yield server
         server.check_log()
 
@@ -154,6 +158,7 @@ MISTAKES = {
         lambda: native(vae="taesd16.safetensors"),
         "the VAE gives 16 channels and this model draws in 4 (SD15)",
     ),
+    "other_base": (lambda: native(dataset="pairs_of_sd20"), "the dataset was drawn by v2-1_768.safetensors"),
     "other_latents": (lambda: native(dataset="pairs_of_flux"), "(flux), whose latents are not those of"),
     "gguf": (lambda: native(is_packed=True), "this is a GGUF model, whose weights are unpacked anew in every call"),
     "two_seeds": (lambda: recording(rejected_seed=6), "drawn with seed 5 and rejected with seed 6"),
@@ -170,6 +175,27 @@ def test_a_mistake_shows_its_sentence_once_without_a_click(frontend, name):
 
     assert len(ours) == 1
     assert "custom_nodes" not in ours[0] and "InputError" not in ours[0]
+
+
+def test_a_native_training_cancelled_at_random_steps_says_what_is_saved(server, frontend):
+    """CANCELS=10 tries ten of them (benchmarks/native_cancels.py holds what is resumed against the uninterrupted)."""
+    steps = 40
+    frontend.page.evaluate(
+        "() => app.api.addEventListener('progress', ({detail}) => { window.shown = [detail.value, detail.max] })"
+    )
+    for number in range(int(os.environ.get("CANCELS", "2"))):
+        at, name = random.Random(number).randrange(1, steps - 2), f"stopped_{number}"
+        frontend.open_api_graph(native(overrides=f"steps={steps}", expert_name=name), name)
+        frontend.page.evaluate("() => { window.shown = [0, 0] }")
+        frontend.press_run()
+        frontend.page.wait_for_function(f"() => shown[1] === {steps} && shown[0] >= {at}", timeout=240_000)
+        frontend.page.evaluate("() => app.extensionManager.command.execute('Comfy.Interrupt')")
+
+        text = next(text for text in toasts(frontend, name, f"{name}_00001_") if name in text)
+
+        taken = int(re.search(rf"Cancelled after (\d+) of {steps} steps", text).group(1))
+        assert at <= taken < steps and "marked as unfinished" in text and "`resume` on to go on" in text
+        assert (server.base_directory / "output" / "loras" / f"{name}_00001_.resume").is_file()
 
 
 def test_a_finished_training_queued_again_is_given_back_with_a_message_on_the_screen(server, frontend):

@@ -116,9 +116,9 @@ def test_an_expert_trains_again_by_its_own_recipe_with_a_line_of_json_a_step(fol
 
 def test_prompts_to_retain_reach_the_training(folder, dataset):
     (folder / "kept.txt").write_text("a green circle\na yellow square\n")
-    redirect = ["redirect=true", "objective={}", "anchor_weight=0", "anchor_every=1", "sft_weight=0"]
-    redirect += ["leak_budget=1000", "held_out_fraction=0.5", "evaluate_steps=1", "retain_fraction=0.5", "steps=2"]
-    overrides = [word for setting in redirect for word in ("--set", setting)]
+    overrides = [
+        word for setting in ("anchor_weight=1", "retain_fraction=0.5", "steps=2") for word in ("--set", setting)
+    ]
     out = folder / "kept.safetensors"
     assert run(training(folder, out, "--retain", str(folder / "kept.txt"), *overrides)) == 0
     assert load_expert(out).info.trained.retained_sha256

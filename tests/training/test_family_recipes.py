@@ -24,6 +24,9 @@ def test_every_family_has_a_shipped_recipe_that_fits_it(family):
         ("sdxl-anime", "sdxl", True),
         ("sdxl", "z-image", False),
         ("z-image", "sd3", True),
+        ("qwen-image", "krea2", True),
+        ("flux2-klein", "flux", True),
+        ("flux2-klein", "z-image", False),
     ],
 )
 def test_a_recipe_of_another_family_is_said(recipe, family, fits):
