@@ -1,6 +1,7 @@
 """Which shipped recipe is for which model family."""
 
-# Recipe -> families it is made for, as ComfyUI tells them apart (nodes/native/identity.py); the first one of a family is where to start. Other recipes are for any family.
+# Recipe -> families it is made for, as nodes/native/identity.py names them; the first of a family is where to start.
+# Other recipes are for any family.
 _MADE_FOR = {
     "sd15": ("sd15", "sd20"),
     "sdxl": ("sdxl",),
