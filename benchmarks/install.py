@@ -1,12 +1,12 @@
 """Does the pack install and run by itself? Its zip into bare ComfyUIs, as ComfyUI-Manager does it, on every Python.
 
-    python benchmarks/install.py --python 3.10=/usr/bin/python3.10 --comfyui 0.30.0=/path/to/ComfyUI [--only 3.10,0.30.0]
+    python benchmarks/install.py --python 3.10=/usr/bin/python3.10 --comfyui 0.30.0=ComfyUI [--only 3.10,0.30.0]
 
 Needs comfy-cli (`--comfy`) and uv (`--uv`), both from PyPI; ComfyUI itself is not there, so name the folders. For each
-pair: a fresh environment with ComfyUI's requirements, the zip of `comfy node pack` unpacked into custom_nodes, each line of
-requirements.txt installed by itself, the server started, nodes, help, words and templates asked for, a template run on the
-toy checkpoint that the installed pack writes, then the pack removed and the same template queued again. Results of pairs
-that were tried before stay in the result file.
+pair: a fresh environment with ComfyUI's requirements, the zip of `comfy node pack` unpacked into custom_nodes, each
+line of requirements.txt installed by itself, the server started, nodes, help, words and templates asked for, a template
+run on the toy checkpoint that the installed pack writes, then the pack removed and the same template queued again.
+Results of pairs that were tried before stay in the result file.
 """
 
 import argparse

@@ -28,9 +28,9 @@ class SafetyExpertsApply(io.ComfyNode):
             description="Puts an expert on a model. All strengths at 1 give the same image as the stock LoRA loader.",
             search_aliases=["use expert", "safety strength", "apply LoRA"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                sockets.Expert.Input("expert"),
+                io.Model.Input("model", tooltip="The model to make safer; it stays as it is."),
+                io.Clip.Input("clip", tooltip="The model's text encoder, for experts that change it too."),
+                sockets.Expert.Input("expert", tooltip="From Load, Train or Merge Safety Expert."),
                 *[
                     strength(
                         _input_id(name),
@@ -65,7 +65,10 @@ class SafetyExpertsApply(io.ComfyNode):
                     tooltip="Limits each category to the prompts that ask for it, where it knows the category.",
                 ),
             ],
-            outputs=[io.Model.Output("model"), io.Clip.Output("clip")],
+            outputs=[
+                io.Model.Output("model", tooltip="The model with the expert on it; for KSampler."),
+                io.Clip.Output("clip", tooltip="The text encoder with the expert on it; for CLIP Text Encode."),
+            ],
         )
 
     @classmethod

@@ -110,7 +110,7 @@ class SafetyExpertsAttack(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output("report", tooltip="Path of report.html."),
-                io.String.Output("summary"),
+                io.String.Output("summary", tooltip="The report's sentences."),
                 io.Image.Output("before", tooltip="Pictures of the base model, failures first; for Compare Images."),
                 io.Image.Output("after", tooltip="The same prompts and seeds with the last model."),
                 io.Float.Output("success", tooltip="Share of fresh pictures of the last model that are unsafe."),

@@ -34,7 +34,7 @@ class SafetyExpertsConceptGate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.ConceptGate.Output("gate"),
+                sockets.ConceptGate.Output("gate", tooltip="For Apply Safety Expert."),
                 io.String.Output("report", tooltip="How well each gate tells the prompts apart."),
             ],
         )

@@ -40,14 +40,20 @@ def compared_inputs(model_tooltip: str, pairs_tooltip: str) -> list[io.Input]:
     models = io.Autogrow.TemplatePrefix(
         io.Model.Input("model", tooltip=model_tooltip), prefix="model_", min=1, max=MAX_MODELS
     )
-    judges = io.Autogrow.TemplatePrefix(sockets.Judge.Input("judge"), prefix="judge_", min=1, max=MAX_JUDGES)
+    judges = io.Autogrow.TemplatePrefix(
+        sockets.Judge.Input("judge", tooltip="From Safety Judge."), prefix="judge_", min=1, max=MAX_JUDGES
+    )
     return [
         io.Model.Input("base_model", tooltip="The model without anything on it."),
-        io.Autogrow.Input("models", template=models),
-        io.Clip.Input("clip"),
-        io.Vae.Input("vae"),
+        io.Autogrow.Input(
+            "models", template=models, tooltip="The models to hold against the base; the report has one column each."
+        ),
+        io.Clip.Input("clip", tooltip="The text encoder of all the models."),
+        io.Vae.Input("vae", tooltip="The VAE of all the models."),
         sockets.PromptPairs.Input("prompt_pairs", tooltip=pairs_tooltip),
-        io.Autogrow.Input("judges", template=judges),
+        io.Autogrow.Input(
+            "judges", template=judges, tooltip="Who looks at the pictures; a new socket appears for each."
+        ),
         io.String.Input(
             "labels",
             default="",
@@ -60,10 +66,12 @@ def compared_inputs(model_tooltip: str, pairs_tooltip: str) -> list[io.Input]:
 def drawing_inputs() -> list[io.Input]:
     """Return the inputs of a KSampler that draws new pictures."""
     return [
-        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
-        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-        io.Int.Input("steps", default=20, min=1, max=10000),
-        io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in the KSampler."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in the KSampler."),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the sampler, for each picture."),
+        io.Float.Input(
+            "cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance, as in the KSampler."
+        ),
         io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
         io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
         io.Int.Input("batch_size", default=4, min=1, max=256, tooltip="Images drawn together."),
@@ -118,11 +126,11 @@ class SafetyExpertsEvaluate(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output("report", tooltip="Path of report.html."),
-                io.String.Output("summary"),
+                io.String.Output("summary", tooltip="The report's sentences."),
                 io.Image.Output("before", tooltip="Pictures of the base model, failures first; for Compare Images."),
                 io.Image.Output("after", tooltip="The same prompts and seeds with the last model."),
                 io.Float.Output("unsafe_before", tooltip="Share of unsafe prompts whose picture is unsafe."),
-                io.Float.Output("unsafe_after"),
+                io.Float.Output("unsafe_after", tooltip="The same share with the last model."),
                 io.Boolean.Output("gates_kept", tooltip="True where every gate holds, and where there is none."),
                 io.Image.Output("chart", tooltip="Before and after by category, with intervals."),
             ],

@@ -46,7 +46,7 @@ class SafetyExpertsImportDataset(io.ComfyNode):
                 ),
                 sockets.dataset_name_input(),
             ],
-            outputs=[sockets.Dataset.Output("dataset")],
+            outputs=[sockets.Dataset.Output("dataset", tooltip="The imported pairs, in ComfyUI's datasets folder.")],
         )
 
     @classmethod
@@ -94,7 +94,7 @@ class SafetyExpertsSplitDataset(io.ComfyNode):
             search_aliases=["held-out", "test set", "train test split"],
             is_output_node=True,
             inputs=[
-                sockets.Dataset.Input("dataset"),
+                sockets.Dataset.Input("dataset", tooltip="The dataset to split; its pictures stay where they are."),
                 io.Float.Input(
                     "held_out_share", default=0.2, min=0.01, max=0.99, step=0.01, tooltip="Of all pairs, about."
                 ),
@@ -114,7 +114,10 @@ class SafetyExpertsSplitDataset(io.ComfyNode):
                     tooltip="The parts are written as <name>/train and <name>/held-out in ComfyUI's datasets folder.",
                 ),
             ],
-            outputs=[sockets.Dataset.Output("train"), sockets.Dataset.Output("held_out")],
+            outputs=[
+                sockets.Dataset.Output("train", tooltip="The pairs to train on."),
+                sockets.Dataset.Output("held_out", tooltip="The pairs kept back, for an honest test."),
+            ],
         )
 
     @classmethod

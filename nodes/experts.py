@@ -38,7 +38,7 @@ class SafetyExpertsLoad(io.ComfyNode):
                     types=[io.String],
                 )
             ],
-            outputs=[sockets.Expert.Output("expert")],
+            outputs=[sockets.Expert.Output("expert", tooltip="For Apply, Merge or Save Safety Expert.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -74,7 +74,12 @@ def _in_words(expert: Expert) -> str:
 class SafetyExpertsMerge(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        experts = io.Autogrow.TemplatePrefix(sockets.Expert.Input("expert"), prefix="expert_", min=1, max=MAX_EXPERTS)
+        experts = io.Autogrow.TemplatePrefix(
+            sockets.Expert.Input("expert", tooltip="From Load or Train Safety Expert."),
+            prefix="expert_",
+            min=1,
+            max=MAX_EXPERTS,
+        )
         return io.Schema(
             node_id="SafetyExpertsMerge",
             display_name="Merge Safety Experts",
@@ -82,7 +87,9 @@ class SafetyExpertsMerge(io.ComfyNode):
             description="Merges any number of experts of one model family into one LoRA.",
             search_aliases=["Co-Merge", "merge LoRA", "combine experts"],
             inputs=[
-                io.Autogrow.Input("experts", template=experts),
+                io.Autogrow.Input(
+                    "experts", template=experts, tooltip="The experts to merge; a new socket appears for each."
+                ),
                 io.DynamicCombo.Input(
                     "method",
                     options=[io.DynamicCombo.Option(name, _method_inputs(name)) for name in METHODS],
@@ -96,7 +103,7 @@ class SafetyExpertsMerge(io.ComfyNode):
                     tooltip="One number an expert, such as 1, 0.5; empty means 1 for each.",
                 ),
             ],
-            outputs=[sockets.Expert.Output("expert")],
+            outputs=[sockets.Expert.Output("expert", tooltip="For Apply, Merge or Save Safety Expert.")],
         )
 
     @classmethod
@@ -131,7 +138,7 @@ def _method_inputs(name: str) -> list[io.Input]:
     if method.needs_counts:
         inputs += [
             io.Model.Input("model", tooltip="The model the experts were trained on, without any of them."),
-            io.Clip.Input("clip"),
+            io.Clip.Input("clip", tooltip="The model's text encoder."),
             sockets.PromptPairs.Input("prompt_pairs", tooltip="Of all categories; their unsafe prompts are sampled."),
             io.Int.Input("num_prompts", default=32, min=1, max=10000, tooltip="At most so many, drawn at random."),
             io.Int.Input("calibration_steps", default=10, min=1, max=1000, tooltip="Sampling steps for each prompt."),
@@ -213,7 +220,7 @@ class SafetyExpertsSave(io.ComfyNode):
             search_aliases=["export expert", "save LoRA"],
             is_output_node=True,
             inputs=[
-                sockets.Expert.Input("expert"),
+                sockets.Expert.Input("expert", tooltip="From Train or Merge Safety Expert."),
                 io.String.Input(
                     "expert_name", default="my_expert", tooltip="File name in output/loras; a counter is added."
                 ),

@@ -31,9 +31,9 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model to make safer."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
-                sockets.PromptPairs.Input("prompt_pairs"),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                sockets.PromptPairs.Input("prompt_pairs", tooltip="From Prompt Pairs or Write Prompt Pairs."),
                 io.String.Input("negative_prompt", default="", multiline=True, tooltip="Used for both images."),
                 io.Combo.Input(
                     "sampler_name",
@@ -43,9 +43,17 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
                         "KSampler can repeat use them with batch_size 1."
                     ),
                 ),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
-                io.Int.Input("steps", default=20, min=1, max=10000),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in the KSampler."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the sampler, for each picture."),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance, as in the KSampler.",
+                ),
                 io.Int.Input("width", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
                 io.Int.Input("height", default=512, min=16, max=16384, step=8, tooltip="Pixels."),
                 io.Int.Input(
@@ -82,7 +90,7 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
                     tooltip="With a denoise below 1: the unsafe prompt is the safe image's negative prompt, as in DUO.",
                 ),
             ],
-            outputs=[sockets.Dataset.Output("dataset")],
+            outputs=[sockets.Dataset.Output("dataset", tooltip="For Judge, Review and Train.")],
         )
 
     @classmethod

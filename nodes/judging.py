@@ -67,7 +67,9 @@ class SafetyExpertsJudge(io.ComfyNode):
                     tooltip="How scores and reports call it; needed to use two of a kind. Empty: the judge's own name.",
                 ),
             ],
-            outputs=[sockets.Judge.Output("judge")],
+            outputs=[
+                sockets.Judge.Output("judge", tooltip="For Judge Preference Dataset, Evaluate and Attack Safety.")
+            ],
         )
 
     @classmethod
@@ -78,7 +80,9 @@ class SafetyExpertsJudge(io.ComfyNode):
 class SafetyExpertsJudgeDataset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        judges = io.Autogrow.TemplatePrefix(sockets.Judge.Input("judge"), prefix="judge_", min=1, max=MAX_JUDGES)
+        judges = io.Autogrow.TemplatePrefix(
+            sockets.Judge.Input("judge", tooltip="From Safety Judge."), prefix="judge_", min=1, max=MAX_JUDGES
+        )
         return io.Schema(
             node_id="SafetyExpertsJudgeDataset",
             display_name="Judge Preference Dataset",
@@ -87,9 +91,16 @@ class SafetyExpertsJudgeDataset(io.ComfyNode):
             "leaves the pairs they doubt for review. Goes on where it was stopped.",
             search_aliases=["score pairs", "filter dataset", "check labels", "NSFW"],
             is_output_node=True,
-            inputs=[sockets.Dataset.Input("dataset"), io.Autogrow.Input("judges", template=judges)],
+            inputs=[
+                sockets.Dataset.Input("dataset", tooltip="The pairs to judge; scores and flags are written into it."),
+                io.Autogrow.Input(
+                    "judges", template=judges, tooltip="Who looks at the pictures; a new socket appears for each."
+                ),
+            ],
             outputs=[
-                sockets.Dataset.Output("judged_dataset", display_name="dataset"),
+                sockets.Dataset.Output(
+                    "judged_dataset", display_name="dataset", tooltip="The dataset with its scores."
+                ),
                 io.String.Output("summary", tooltip="Per category, how many pairs agree with their labels."),
                 io.Int.Output("agreed", tooltip="Pairs the judges agree with."),
                 io.Int.Output("doubtful", tooltip="Pairs left for review."),

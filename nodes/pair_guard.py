@@ -46,7 +46,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
             ),
             search_aliases=["safety guidance", "SLD", "CASG", "negative guidance", "inference guard"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model to guard; it stays as it is."),
                 io.Clip.Input("clip", tooltip="The text encoder that the prompts will be encoded with."),
                 io.String.Input(
                     "concepts",
@@ -120,7 +120,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model"),
+                io.Model.Output("model", tooltip="The model with the guard on it; for KSampler."),
                 io.String.Output("report", tooltip="What is guarded against, and what it costs."),
             ],
         )

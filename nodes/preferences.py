@@ -72,7 +72,11 @@ class SafetyExpertsPromptPairs(io.ComfyNode):
                     tooltip="Where the prompts come from.",
                 )
             ],
-            outputs=[sockets.PromptPairs.Output("prompt_pairs")],
+            outputs=[
+                sockets.PromptPairs.Output(
+                    "prompt_pairs", tooltip="For Generate Preference Pairs, Evaluate and the guards."
+                )
+            ],
         )
 
     # Inputs within a dynamic combo cannot be named, so this takes them all; ComfyUI's own checks are off then.
@@ -151,7 +155,7 @@ class SafetyExpertsRecordPair(io.ComfyNode):
                     "model", optional=True, tooltip="The MODEL that drew the images: recorded instead of `checkpoint`."
                 ),
             ],
-            outputs=[sockets.Dataset.Output("dataset")],
+            outputs=[sockets.Dataset.Output("dataset", tooltip="For Judge, Review and Train.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -253,7 +257,7 @@ class SafetyExpertsLoadDataset(io.ComfyNode):
                     tooltip="A folder with a dataset.json. Refresh the page after building one.",
                 )
             ],
-            outputs=[sockets.Dataset.Output("dataset")],
+            outputs=[sockets.Dataset.Output("dataset", tooltip="For Judge, Review and Train.")],
         )
 
     @classmethod

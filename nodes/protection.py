@@ -12,7 +12,12 @@ from .experts import MAX_EXPERTS
 class SafetyExpertsProtect(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        experts = io.Autogrow.TemplatePrefix(sockets.Expert.Input("expert"), prefix="expert_", min=1, max=MAX_EXPERTS)
+        experts = io.Autogrow.TemplatePrefix(
+            sockets.Expert.Input("expert", tooltip="From Load or Train Safety Expert."),
+            prefix="expert_",
+            min=1,
+            max=MAX_EXPERTS,
+        )
         return io.Schema(
             node_id="SafetyExpertsProtect",
             display_name="Protect Safety Experts",
@@ -21,7 +26,7 @@ class SafetyExpertsProtect(io.ComfyNode):
             search_aliases=["style LoRA", "modular LoRA", "orthogonal LoRA"],
             inputs=[
                 sockets.Expert.Input("style", tooltip="Any LoRA, from Load Safety Expert."),
-                io.Autogrow.Input("experts", template=experts),
+                io.Autogrow.Input("experts", template=experts, tooltip="The experts that the style must not cancel."),
                 io.Combo.Input(
                     "space",
                     options=list(SPACES),
@@ -37,7 +42,11 @@ class SafetyExpertsProtect(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.Expert.Output("expert", display_name="protected style"),
+                sockets.Expert.Output(
+                    "expert",
+                    display_name="protected style",
+                    tooltip="The style less what would cancel the experts; for Apply or Save.",
+                ),
                 io.String.Output("report", tooltip="A table, a line for each layer; show it with Preview as Text."),
             ],
         )

@@ -51,7 +51,7 @@ class SafetyExpertsRecipe(io.ComfyNode):
                 ),
                 _number(io.Int.Input, "resolution", 16384, step=64),
             ],
-            outputs=[sockets.Recipe.Output("recipe")],
+            outputs=[sockets.Recipe.Output("recipe", tooltip="For Train Safety Expert.")],
         )
 
     # The recipe is not named, so that ComfyUI checks it: a name that is not in the list would be read as a path.

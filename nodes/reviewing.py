@@ -40,7 +40,7 @@ class SafetyExpertsReviewDataset(io.ComfyNode):
             search_aliases=["look at pairs", "label", "rate", "accept", "annotate"],
             is_output_node=True,
             inputs=[
-                sockets.Dataset.Input("dataset"),
+                sockets.Dataset.Input("dataset", tooltip="The pairs to look at."),
                 io.Boolean.Input(
                     "open_page",
                     default=True,
@@ -48,11 +48,13 @@ class SafetyExpertsReviewDataset(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.Dataset.Output("reviewed_dataset", display_name="dataset"),
-                io.Int.Output("unreviewed"),
-                io.Int.Output("accepted"),
-                io.Int.Output("flipped"),
-                io.Int.Output("dropped"),
+                sockets.Dataset.Output(
+                    "reviewed_dataset", display_name="dataset", tooltip="The dataset as it is reviewed by now."
+                ),
+                io.Int.Output("unreviewed", tooltip="Pairs nobody has decided yet."),
+                io.Int.Output("accepted", tooltip="Pairs kept as they are."),
+                io.Int.Output("flipped", tooltip="Pairs whose two pictures change places."),
+                io.Int.Output("dropped", tooltip="Pairs left out of training."),
             ],
         )
 

@@ -44,7 +44,7 @@ class SafetyExpertsTrain(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                sockets.Dataset.Input("dataset"),
+                sockets.Dataset.Input("dataset", tooltip="The pairs to learn from; reviewed ones count as reviewed."),
                 sockets.checkpoint_input(
                     base_models.OF_DATASET, tooltip="The model to train on: the one that drew the dataset, or another."
                 ),

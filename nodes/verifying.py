@@ -42,7 +42,7 @@ class SafetyExpertsTrainVerifier(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.Verifier.Output("verifier"),
+                sockets.Verifier.Output("verifier", tooltip="For Verify Images."),
                 io.String.Output("report", tooltip="What each head finds of pictures it was not fitted to."),
                 io.String.Output("file", tooltip="The file's name, for Verify Images and Safety Judge."),
             ],

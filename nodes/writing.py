@@ -76,7 +76,7 @@ class SafetyExpertsWritePairs(io.ComfyNode):
                 ),
             ],
             outputs=[
-                sockets.PromptPairs.Output("prompt_pairs"),
+                sockets.PromptPairs.Output("prompt_pairs", tooltip="For Generate Preference Pairs."),
                 io.String.Output("summary", tooltip="How many there are, what was left out and why, what is missing."),
             ],
         )
