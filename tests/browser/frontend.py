@@ -8,31 +8,13 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-# Columns by distance from the inputs, rows one below the other: reads from left to right, no two nodes overlap.
-_ARRANGE = """() => {
-  const graph = app.graph, depth = {};
-  const depthOf = node => depth[node.id] ??= Math.max(0, ...(node.inputs ?? []).map(input => {
-    const link = input.link != null && graph.links[input.link];
-    return link ? depthOf(graph.getNodeById(link.origin_id)) + 1 : 0;
-  }));
-  const columns = [];
-  for (const node of [...graph._nodes].sort((a, b) => a.id - b.id)) (columns[depthOf(node)] ??= []).push(node);
-  let x = 40;
-  for (const column of columns) {
-    let y = 80;
-    for (const node of column) {
-      const [width, height] = node.computeSize();
-      const isText = node.widgets?.some(widget => widget.type === 'customtext');
-      node.setSize([Math.max(width, isText ? 380 : 260), Math.max(height, isText ? 150 : 60)]);
-      node.pos = [x, y];
-      for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
-      // Room for the pictures that these show once they ran.
-      const pictures = /^(PreviewImage|SaveImage|LossGraphNode|SafetyExpertsGeneratePairs|SafetyExpertsTrain)$/;
-      y += node.size[1] + (pictures.test(node.type) ? 300 : 70);
-    }
-    x += Math.max(...column.map(node => node.size[0])) + 70;
+# Nodes as wide and high as they need; seeds stay as they are from run to run.
+_PREPARE = """() => {
+  for (const node of app.graph._nodes) {
+    const [width, height] = node.computeSize();
+    node.setSize([width, height]);
+    for (const widget of node.widgets ?? []) if (widget.name === 'control_after_generate') widget.value = 'fixed';
   }
-  graph.setDirtyCanvas(true, true);
 }"""
 
 
@@ -52,10 +34,10 @@ class Frontend:
         self.page.wait_for_timeout(500)
 
     def open_api_graph(self, graph: dict[str, Any], name: str) -> None:
-        """Turn a graph in API format into nodes, arranged."""
+        """Turn a graph in API format into nodes of their least size."""
         self.page.evaluate("async ([graph, name]) => app.loadApiJson(graph, name)", [graph, name])
         self.page.wait_for_timeout(1000)
-        self.page.evaluate(_ARRANGE)
+        self.page.evaluate(_PREPARE)
 
     def open_workflow(self, workflow: dict[str, Any], name: str) -> None:
         """Open a saved workflow, as dropping its file on the canvas does."""

@@ -1,46 +1,88 @@
-"""Save example_workflows/*.json with the real frontend, from the graphs in example_workflows/api/.
+"""Save example_workflows/*.json with the real frontend, from the graphs in example_workflows/api/ and `layouts.py`.
 
     python tests/browser/save_workflows.py [4_*]      (needs playwright and Chromium; `make workflows` does it)
 
-Edit a graph in api/, run this, then `SCREENSHOTS=docs/screenshots make test-browser`, look at the pictures, and run
-this again: each picture, made small, is what ComfyUI's template browser shows for its workflow.
+Edit a graph in api/ and its groups and notes in `layouts.py`, run this, then `SCREENSHOTS=docs/screenshots make
+test-browser`, look at the pictures, and run this again: each picture, made small, is what ComfyUI's template browser
+shows for its workflow. A layout with sliders is saved as an app too, and as a subgraph blueprint.
 """
 
+import copy
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from frontend import open_frontend
+from arranging import arrange
+from frontend import Frontend, open_frontend
+from layouts import LAYOUTS
 from PIL import Image
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files that workflow 4 names, as core's template for Z-Image does; nothing is loaded, so empty ones will do.
-NAMED = {"diffusion_models": "z_image_bf16", "text_encoders": "qwen_3_4b", "vae": "ae"}
+FOLDER = ROOT / "example_workflows"
+# Widgets that name a file; nothing is loaded, so empty files will do.
+FILES = {
+    "ckpt_name": "checkpoints",
+    "unet_name": "diffusion_models",
+    "vae_name": "vae",
+    "expert_name": "loras",
+}
 
 
 def main() -> None:
-    folder = ROOT / "example_workflows"
+    """Save every workflow whose name fits the pattern."""
+    sources = sorted((FOLDER / "api").glob(sys.argv[1] if len(sys.argv) > 1 else "*.json"))
+    graphs = {source.stem: json.loads(source.read_text(encoding="utf-8")) for source in sources}
     with ComfyServer() as server:
         server.add_model(ensure_toy_checkpoint())
-        for kind, name in NAMED.items():
-            path = server.base_directory / "models" / kind / f"{name}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+        for graph in graphs.values():
+            add_files(server.base_directory / "models", graph)
         with open_frontend(server.url) as frontend:
-            for source in sorted((folder / "api").glob(sys.argv[1] if len(sys.argv) > 1 else "*.json")):
-                graph = json.loads(source.read_text(encoding="utf-8"))
-                frontend.open_api_graph(graph, source.stem)
-                workflow, exported = frontend.export()
-                for number, node in graph.items():
-                    if exported[number]["inputs"] != node["inputs"]:
-                        sys.exit(
-                            f"{source.name}, node {number} ({node['class_type']}): the frontend changed its inputs"
-                        )
-                text = json.dumps(workflow, indent=2, ensure_ascii=False)
-                (folder / source.name).write_text(text + "\n", encoding="utf-8")
-                save_thumbnail(ROOT / "docs" / "screenshots" / f"{source.stem}.png", folder / f"{source.stem}.jpg")
+            for name, graph in graphs.items():
+                save(frontend, name, graph)
+
+
+def add_files(models: Path, graph: dict[str, Any]) -> None:
+    """Make empty files for those that a graph names."""
+    for node in graph.values():
+        for widget, value in node["inputs"].items():
+            folder = FILES.get(widget)
+            if widget == "clip_name":
+                folder = "clip_vision" if node["class_type"] == "CLIPVisionLoader" else "text_encoders"
+            if folder and isinstance(value, str) and value.endswith(".safetensors"):
+                (models / folder).mkdir(parents=True, exist_ok=True)
+                (models / folder / value).touch()
+
+
+def save(frontend: Frontend, name: str, graph: dict[str, Any]) -> None:
+    """Open a graph, arrange it, open it again as the frontend would, and write what that exports."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"', project, re.MULTILINE).group(1)
+    frontend.open_api_graph(graph, name)
+    workflow, _ = frontend.export()
+    arrange(workflow, LAYOUTS[name], version)
+    frontend.open_workflow(workflow, name)
+    saved, exported = frontend.export()
+    for number, node in graph.items():
+        if exported[number]["inputs"] != node["inputs"]:
+            sys.exit(f"{name}, node {number} ({node['class_type']}): the frontend changed its inputs")
+    write(FOLDER / f"{name}.json", saved)
+    picture = ROOT / "docs" / "screenshots" / f"{name}.png"
+    if not picture.exists():
+        frontend.screenshot(picture)
+    save_thumbnail(picture, FOLDER / f"{name}.jpg")
+    if LAYOUTS[name].sliders:
+        app = copy.deepcopy(saved)
+        app["extra"]["linearMode"] = True
+        write(FOLDER / f"{name}.app.json", app)
+        save_thumbnail(picture, FOLDER / f"{name}.app.jpg")
+
+
+def write(path: Path, workflow: dict[str, Any]) -> None:
+    path.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_thumbnail(screenshot: Path, thumbnail: Path) -> None:
