@@ -84,8 +84,8 @@ def test_groups_are_numbered_as_the_steps_and_each_has_a_note_beside_it(workflow
 def test_no_wire_runs_beneath_a_node(workflow):
     """Along its re-routes; a wire without any goes to the next column, through a gap where nothing stands."""
     boxes = {node["id"]: box_of(node) for node in workflow["nodes"]}
-    points = {point["id"]: point for point in workflow["extra"].get("reroutes", [])}
-    ends = {entry["id"]: entry["parentId"] for entry in workflow["extra"].get("linkExtensions", [])}
+    points = {point["id"]: point for point in workflow["extra"].get("reroutes") or []}
+    ends = {entry["id"]: entry["parentId"] for entry in workflow["extra"].get("linkExtensions") or []}
     for link, source, _, target, _, _ in workflow["links"]:
         path, point = [], ends.get(link)
         while point is not None:
@@ -145,3 +145,15 @@ def test_the_app_is_its_workflow_with_sliders_and_a_prompt_alone():
     assert app["extra"]["linearMode"] is True and kinds == {"CLIPTextEncode", "SafetyExpertsApply"}
     assert [widgets[node]["type"] for node in shown["outputs"]] == ["SaveImage"]
     assert [node["type"] for node in app["nodes"]] == [node["type"] for node in plain["nodes"]]
+
+
+def test_the_blueprint_is_the_daily_workflow_as_one_node():
+    (path,) = (ROOT / "subgraphs").glob("*.json")
+    blueprint = read(path)
+    (node,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    inside = {inner["id"]: inner["type"] for inner in subgraph["nodes"]}
+    daily = {node["type"] for node in steps(read(ROOT / "example_workflows" / "5_use_every_day.json"))}
+    assert node["type"] == subgraph["id"] and set(inside.values()) == daily - {"CheckpointLoaderSimple", "SaveImage"}
+    assert [entry["type"] for entry in subgraph["inputs"]][:3] == ["MODEL", "CLIP", "VAE"]
+    shown = {(inside[int(number)], widget) for number, widget in node["properties"]["proxyWidgets"]}
+    assert {("SafetyExpertsLoad", "expert_name"), ("SafetyExpertsApply", "violence")} <= shown

@@ -134,7 +134,7 @@ def _group(number: int, group: Group, x: float, y: float, width: float, height: 
         "title": group.title,
         "bounding": [x, y, width, height],
         "color": colour,
-        "font_size": 28,
+        "font_size": 32,
         "flags": {},
     }
 

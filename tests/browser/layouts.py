@@ -136,7 +136,7 @@ def _one_click(loaders: tuple[int, ...], model_note: str, models: dict) -> Layou
             Group(
                 "9 Apply",
                 "apply",
-                ((20, 21, 22), (23, 24), (25,)),
+                ((20, 21, 22), (23,), (24,), (25,)),
                 "Your model with the expert on it. Later load the file instead: workflow *5 Use every day*.",
             ),
         ),
@@ -156,7 +156,7 @@ def _daily(loaders: tuple[int, ...], model_note: str, models: dict) -> Layout:
                 "without effect belongs to a category that the expert does not have.",
             ),
             Group("3 Prompt", "prompts", ((4, 5, 6),), "As in any workflow."),
-            Group("4 Picture", "draw", ((7, 8), (9,)), "Steps and cfg as you always use."),
+            Group("4 Picture", "draw", ((7,), (8,), (9,)), "Steps and cfg as you always use."),
         ),
         sliders=(
             (4, "text"), (3, "hate"), (3, "harassment"), (3, "violence"), (3, "self_harm"), (3, "sexual"),
@@ -243,7 +243,7 @@ LAYOUTS = {
             Group(
                 "7 Picture",
                 "report",
-                ((11, 12), (13,)),
+                ((11,), (12,), (13,)),
                 "The same prompt and seed without group 5 show the difference.",
             ),
         ),

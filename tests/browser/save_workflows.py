@@ -4,7 +4,7 @@
 
 Edit a graph in api/ and its groups and notes in `layouts.py`, run this, then `SCREENSHOTS=docs/screenshots make
 test-browser`, look at the pictures, and run this again: each picture, made small, is what ComfyUI's template browser
-shows for its workflow. A layout with sliders is saved as an app too, and as a subgraph blueprint.
+shows for its workflow. The daily one is saved as an app too, and as a subgraph blueprint.
 """
 
 import copy
@@ -74,11 +74,53 @@ def save(frontend: Frontend, name: str, graph: dict[str, Any]) -> None:
     if not picture.exists():
         frontend.screenshot(picture)
     save_thumbnail(picture, FOLDER / f"{name}.jpg")
-    if LAYOUTS[name].sliders:
+    if name == "5_use_every_day":
+        save_blueprint(frontend, saved, "Safe generation")
         app = copy.deepcopy(saved)
         app["extra"]["linearMode"] = True
         write(FOLDER / f"{name}.app.json", app)
         save_thumbnail(picture, FOLDER / f"{name}.app.jpg")
+
+
+# Everything but the loaders and the saving becomes one node.
+_FOLD = """([outside, name]) => {
+  const graph = app.graph;
+  for (const node of [...graph._nodes]) if (node.type === 'MarkdownNote') graph.remove(node);
+  for (const group of [...graph._groups]) graph.remove(group);
+  for (const reroute of [...graph.reroutes.keys()]) graph.removeReroute(reroute);
+  const inside = new Set(graph._nodes.filter(node => !outside.includes(node.type)));
+  const { subgraph, node } = graph.convertToSubgraph(inside);
+  subgraph.name = node.title = name;
+}"""
+
+
+def save_blueprint(frontend: Frontend, workflow: dict[str, Any], name: str) -> None:
+    """Write the daily workflow as one node, with its prompt and sliders on it, for ComfyUI's node library."""
+    frontend.open_workflow(workflow, name)
+    frontend.page.evaluate(_FOLD, [["CheckpointLoaderSimple", "SaveImage"], name])
+    folded, _ = frontend.export()
+    (subgraph,) = folded["definitions"]["subgraphs"]
+    (node,) = [node for node in folded["nodes"] if node["type"] == subgraph["id"]]
+    subgraph |= {
+        "category": "safety experts",
+        "description": "A model, a safety expert with one strength per category, a prompt: a picture.",
+    }
+    for entry in subgraph["inputs"]:
+        entry["label"] = {"text": "prompt", "text_1": "negative prompt"}.get(entry["name"], entry["name"])
+    inside = {inner["type"]: str(inner["id"]) for inner in subgraph["nodes"]}
+    shown = [(inside["SafetyExpertsLoad"], "expert_name")]
+    shown += [(inside["SafetyExpertsApply"], widget) for _, widget in LAYOUTS["5_use_every_day"].sliders[1:]]
+    shown += [(inside["EmptyLatentImage"], widget) for widget in ("width", "height")]
+    shown += [(inside["KSampler"], widget) for widget in ("steps", "cfg")]
+    known = [tuple(pair) for pair in node.setdefault("properties", {}).get("proxyWidgets", [])]
+    node["properties"]["proxyWidgets"] = [list(pair) for pair in [*shown, *(p for p in known if p not in shown)]]
+    node["properties"] |= {"cnr_id": "safety-experts"}
+    for slot in (*node["inputs"], *node["outputs"]):
+        slot |= {"link": None} if "link" in slot else {"links": []}
+    node |= {"pos": [0, 0], "size": [420, 560], "widgets_values": []}  # the nodes inside hold the values
+    blueprint = {"revision": 0, "last_node_id": folded["last_node_id"], "last_link_id": folded["last_link_id"]}
+    blueprint |= {"nodes": [node], "links": [], "version": 0.4, "definitions": folded["definitions"], "extra": {}}
+    write(ROOT / "subgraphs" / f"{name}.json", blueprint)
 
 
 def write(path: Path, workflow: dict[str, Any]) -> None:
