@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint_id import CheckpointId
+from ..devices import compute_dtype
 from ..experts.expert import Expert
 from ..experts.in_weights import weights_with
 from ..models.checkpoint import load_checkpoint
@@ -46,7 +47,7 @@ class Sampler:
         self._size_px = size_px
         self.unet = checkpoint.load_model()
         tune_for_device(self.unet, torch.device("cpu"))
-        self._denoiser = checkpoint.make_denoiser(self.unet, torch.bfloat16)
+        self._denoiser = checkpoint.make_denoiser(self.unet, compute_dtype(torch.device("cpu")))
         self._vae = checkpoint.load_vae()
         self._text_encoder = checkpoint.load_text_encoder()
         self._hidden_states: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test starts a process
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = "prompt,safe_prompt,category\na red circle with thorns,a red circle,violence\n"
 

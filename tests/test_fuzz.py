@@ -9,6 +9,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links, pipes and alarms of POSIX")
 def test_a_part_of_the_campaign_finds_nothing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -32,6 +32,7 @@ def _run(folder, part, steps, total=8):
     return training
 
 
+@pytest.mark.slow
 def test_a_training_in_pieces_is_the_training_in_one_piece(tmp_path, part):
     whole = _run(tmp_path / "whole", part, 6)
     for steps in (1, 3, 2):

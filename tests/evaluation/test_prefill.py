@@ -31,6 +31,7 @@ def test_a_model_that_knows_the_picture_draws_it_from_any_level(kind, timestep):
     assert_close_at_scale(draw_on(denoiser, LATENTS, NOISE, timestep, {}, 10, 3.0), LATENTS, 1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_counts_each_arm_from_each_level(tmp_path, capsys):
     small = SmallTraining.create(tmp_path)
     expert = small.train(tmp_path / "e.safetensors", "steps=1").expert

@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fuzz_datasets.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="it makes links and pipes")
 def test_sixty_broken_datasets_and_files_give_clear_errors_and_lose_nothing():
     pytest.importorskip("pyarrow")

@@ -17,6 +17,7 @@ def _degrade(image, seed):
     return Image.fromarray(np.clip(blurred + noise, 0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrade", [lambda image, seed: image, _degrade], ids=["clean", "blurred_and_noisy"])
 def test_at_least_98_percent_of_renders_are_read_right_in_everything(degrade):
     draws, wrong = random.Random(20), []
