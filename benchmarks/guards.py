@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ ARMS: dict[str, dict | None] = {
     "sld max": {"method": "sld", "opens": "always", "pairs": True, "sld_preset": "max"},
     "casg strong, seven categories": {"method": "casg", "opens": "always", "concepts": ALL_TEXTS},
 }
-QUICK = "pair, two texts"  # the arm that is measured first everywhere
+TWO_TEXTS, MEANS, SEVEN = "pair, two texts", "pair, means of 8 pairs", "pair, seven categories, two texts each"
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,20 @@ class Cell:
 
 
 def planned() -> list[Cell]:
-    """Return all cells, the most telling first."""
-    cells = [Cell(arm, 3.0, "dpmpp_2m", 0.0, s) for arm in ("none", "negative prompt", QUICK) for s in SETS]
-    cells += [Cell(arm, 1.0, "dpmpp_2m", 0.0, s) for s in SETS for arm in ("none", QUICK)]
-    cells += [Cell("sld strong", 3.0, "dpmpp_2m", 0.0, s) for s in SETS]
-    cells += [Cell(arm, 3.0, "dpmpp_2m", 0.5, "own") for arm in ("none", QUICK)]
-    cells += [Cell("pair, means of 8 pairs", 3.0, "dpmpp_2m", 0.0, s) for s in SETS]
-    cells += [Cell(arm, 3.0, "euler", 0.0, s) for arm in ("none", QUICK) for s in SETS]
-    cells += [
-        Cell(arm, 3.0, "dpmpp_2m", strength, s) for strength in (0.5, 1.0) for arm in ("none", QUICK) for s in SETS
-    ]
+    """Return all cells, the most telling first: every arm plainly, then one thing changed at a time, then the rest."""
+
+    def at(arms: Iterable[str], cfg: float = 3.0, sampler_name: str = "dpmpp_2m", strength: float = 0.0) -> list[Cell]:
+        return [Cell(arm, cfg, sampler_name, strength, prompts) for arm in arms for prompts in SETS]
+
+    first = ["none", "negative prompt", TWO_TEXTS, MEANS, SEVEN]
+    guarded = ["none", TWO_TEXTS, SEVEN]
+    cells = at(first) + at(guarded, cfg=1.0) + at(guarded, sampler_name="euler") + at(guarded, strength=0.5)
+    cells += at(guarded, strength=1.0) + at(ARMS)
+    for name in ("euler", "dpmpp_2m"):
+        for cfg in (3.0, 1.0):
+            for strength in (0.0, 0.5, 1.0):
+                cells += at(ARMS, cfg, name, strength)
     # The negative prompt is void without guidance.
-    cells += [
-        Cell(arm, cfg, name, strength, s)
-        for name in ("euler", "dpmpp_2m")
-        for cfg in (3.0, 1.0)
-        for strength in (0.0, 0.5, 1.0)
-        for arm in ARMS
-        for s in SETS
-    ]
     return [cell for cell in dict.fromkeys(cells) if (cell.arm, cell.cfg) != ("negative prompt", 1.0)]
 
 
@@ -122,6 +118,14 @@ def run(arguments: argparse.Namespace) -> None:
     expert = load_expert(arguments.expert or train(arguments.work))
     started = time.monotonic()
     drawing = Drawing(expert)
+    presences = {
+        arm: remembered(
+            arguments.work / f"presence-{arm.replace(' ', '_').replace(',', '')}.json",
+            {"settings": ARMS[arm]},
+            lambda arm=arm: drawing.presences(arm),
+        )
+        for arm in (TWO_TEXTS, MEANS)
+    }
     cells, missing = {}, 0
     for cell in planned():
         name = "-".join(str(value) for value in asdict(cell).values()).replace(" ", "_").replace(",", "")
@@ -135,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
             path, about, lambda cell=cell: drawing.read(cell, HELD_OUT[: arguments.scenes], arguments.seeds)
         )
         print(cell, summary(cells[cell]), flush=True)
-        write(arguments, expert, cells)
+        write(arguments, expert, presences, cells)
     print(f"{len(cells)} cells, {missing} of the plan missing")
 
 
@@ -219,6 +223,38 @@ class Drawing:
                 )
         return {"images": images, "rows": rows.count, "cpu_seconds": seconds}
 
+    @torch.inference_mode()
+    def presences(self, arm: str) -> dict:
+        """Return what a guard that never opens sees in the scenes it was given, without guidance and expert.
+
+        Of each mark asked for the presences, rounded and sorted, and the threshold half-way between the guarded one's
+        lowest and the highest of the rest.
+        """
+        from safety_experts.nodes import guarding, sampling
+
+        given: list[guarding.Evidence] = []
+
+        class Kept(guarding.Evidence):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                given.append(self)
+
+        settings = sampling.SamplerSettings("dpmpp_2m", SCHEDULER, STEPS, 3.0, SIZE_PX, SIZE_PX)
+        found = {}
+        scenes = [scene for scene in SCENES if scene not in HELD_OUT]
+        original, guarding.Evidence = guarding.Evidence, Kept
+        try:
+            for category, mark in [*MARKS.items(), ("safe", None)]:
+                model = self._guarded(Cell(arm, 3.0, "dpmpp_2m", 0.0, category), never_opens=True)
+                positive = [self._encode(prompt_for(colour, shape, mark)) for colour, shape in scenes]
+                negative = [self._encode("")] * len(scenes)
+                sampling.sample_latents(model, positive, negative, [*range(len(scenes))], settings)
+                found[mark or "safe"] = sorted(round(value, 3) for value in given[-1].means()[:, 0].tolist())
+        finally:
+            guarding.Evidence = original
+        lowest, highest = min(found[MARK]), max(max(values) for name, values in found.items() if name != MARK)
+        return {"presence": found, "threshold": round((lowest + highest) / 2, 2)}
+
     def _encode(self, prompt: str):
         from safety_experts.nodes import sampling
 
@@ -226,7 +262,7 @@ class Drawing:
             self._conditions[prompt] = sampling.encode_prompt(self.clip, prompt)
         return self._conditions[prompt]
 
-    def _guarded(self, cell: Cell):
+    def _guarded(self, cell: Cell, never_opens: bool = False):
         from safety_experts.nodes.applying import SafetyExpertsApply
         from safety_experts.nodes.pair_guard import SafetyExpertsPairGuard
 
@@ -240,6 +276,8 @@ class Drawing:
         given = {"concepts": "", "skip_covered": False, **settings}
         if given.pop("pairs", False):
             given["pairs"] = self._pairs
+        if never_opens:
+            given["threshold"] = 2.0
         return SafetyExpertsPairGuard.execute(model, self.clip, **given, **dict.fromkeys(STRENGTHS, 1.0)).result[0]
 
 
@@ -276,7 +314,7 @@ def import_comfyui() -> None:
     torch.set_num_threads(1)
 
 
-def write(arguments, expert, cells: dict) -> None:
+def write(arguments, expert, presences: dict, cells: dict) -> None:
     import comfyui_version
 
     rows = [{**asdict(cell), **summary(value)} for cell, value in cells.items()]
@@ -285,6 +323,7 @@ def write(arguments, expert, cells: dict) -> None:
         f"{SCHEDULER}, {SIZE_PX} px, guard against {CATEGORY} ({MARK}); counts are [hits, images, low, high]; the "
         "expert has seen every scene",
         "expert": {"sha256": expert.file_sha256, "steps": expert.info.trained.step, "seed": expert.info.trained.seed},
+        "presence_in_the_guards_own_scenes": presences,
         "cells": rows,
         "cells_of_the_plan": f"{len(rows)} of {len(planned())}",
         "comfyui": comfyui_version.__version__,

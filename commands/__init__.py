@@ -24,6 +24,7 @@ COMMANDS = (
     "review",
     "judge-train",
     "verifier",
+    "guard",
     "train",
     "merge",
     "protect",

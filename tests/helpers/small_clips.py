@@ -53,6 +53,22 @@ def write_clip(folder: Path, *, image_only: bool = False, projection: int = 64, 
     return folder
 
 
+def write_text_tower(folder: Path, tokenizer: Path, width: int = 64) -> Path:
+    """The text tower of a CLIP that was never trained; its states say which words there are, and little else."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, eos_token_id=49407
+    )
+    model = transformers.CLIPTextModel(config).eval()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith("token_embedding.weight")).normal_()
+    shutil.copytree(tokenizer, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 def _fit(model, tokenizer) -> None:
     texts = [*_MARK_TEXTS.values(), "a plain picture", *(f"a plain {colour} picture" for colour in _SWATCHES)]
     codes = torch.linalg.qr(torch.randn(model.config.projection_dim, len(texts)))[0].T.double()  # [texts, projection]
@@ -109,4 +125,4 @@ def write_classifier(folder: Path) -> Path:
     return folder
 
 
-__all__ = ["CONCEPTS", "MARKS", "SIZE_PX", "scenes", "write_classifier", "write_clip"]
+__all__ = ["CONCEPTS", "MARKS", "SIZE_PX", "scenes", "write_classifier", "write_clip", "write_text_tower"]
