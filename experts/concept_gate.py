@@ -1,6 +1,7 @@
 """Which conditionings a category's expert should act on: those on the unsafe side of the category's concept direction.
 
-With c the mean over the tokens of a conditioning, as the model gets it through cross-attention:
+With c the mean over the tokens of a conditioning, as the model gets it through cross-attention (rows of zeros are the
+padding of Wan's text encoder and others, and are left out):
 
     direction = mean c(unsafe prompts) - mean c(safe prompts), normalised;  score = direction · c
 
@@ -10,6 +11,7 @@ The difference of means is the concept direction of representation engineering (
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,15 +51,19 @@ class ConceptGate:
     def scores(self, context: Tensor) -> Tensor:
         """Return each category's score [b, categories] of conditionings [b, t, d]."""
         directions = torch.stack([concept.direction for concept in self.concepts.values()])
-        return context.float().mean(dim=1) @ directions.to(context.device).T
+        return mean_of_tokens(context) @ directions.to(context.device).T
+
+    def margins(self, context: Tensor) -> Tensor:
+        """Return scores minus their thresholds, [b, categories]: above 0 is unsafe."""
+        thresholds = torch.tensor([concept.threshold for concept in self.concepts.values()], device=context.device)
+        return self.scores(context) - thresholds
 
     def opened(self, context: Tensor) -> Tensor:
         """Return for which categories conditionings [b, t, d] are unsafe, bool [b, categories].
 
         A conditioning of zeros alone says nothing and opens none.
         """
-        thresholds = torch.tensor([concept.threshold for concept in self.concepts.values()], device=context.device)
-        return (self.scores(context) > thresholds) & (context != 0).any(dim=2).any(dim=1)[:, None]
+        return (self.margins(context) > 0) & (context != 0).any(dim=2).any(dim=1)[:, None]
 
     def __str__(self) -> str:
         return "\n".join(
@@ -66,6 +72,31 @@ class ConceptGate:
             f"{concept.num_other} of other categories; threshold {concept.threshold:.4g}"
             for name, concept in self.concepts.items()
         )
+
+
+class Gate(Protocol):
+    """What decides by a conditioning which categories may act: a concept gate, or what says the same in its place.
+
+    Attributes:
+        concepts: by category.
+        width: of the conditionings that it judges; None: of any.
+    """
+
+    @property
+    def concepts(self) -> Mapping[str, object]: ...
+
+    @property
+    def width(self) -> int | None: ...
+
+    def opened(self, context: Tensor) -> Tensor:
+        """Return for which categories conditionings [b, t, d] are unsafe, bool [b, categories]."""
+        ...
+
+
+def mean_of_tokens(context: Tensor) -> Tensor:
+    """Return the mean [b, d] over the tokens of conditionings [b, t, d] that are not all zeros."""
+    is_there = (context != 0).any(dim=2)
+    return context.float().sum(dim=1) / is_there.sum(dim=1).clamp(min=1)[:, None]
 
 
 def fit_concept_gate(
@@ -79,7 +110,7 @@ def fit_concept_gate(
     Args:
         unsafe, safe: category -> different prompts, at least two. The gate of each category is to stay closed on the
             safe prompts of all of them, and on the empty prompt in any case.
-        encoded: mean conditioning [d] of each of these prompts and of the empty one.
+        encoded: mean conditioning [d] (`mean_of_tokens`) of each of these prompts and of the empty one.
         false_positive_rate: fraction of the safe prompts that may open a gate, 0..1.
 
     Raises:

@@ -15,6 +15,7 @@ from .generating import SafetyExpertsGeneratePairs
 from .judging import SafetyExpertsJudge, SafetyExpertsJudgeDataset
 from .pair_guard import SafetyExpertsPairGuard
 from .preferences import SafetyExpertsLoadDataset, SafetyExpertsPromptPairs, SafetyExpertsRecordPair
+from .prompt_guarding import SafetyExpertsCheckPrompt, SafetyExpertsTrainPromptGuard
 from .protection import SafetyExpertsProtect
 from .recipes import SafetyExpertsRecipe
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
@@ -51,6 +52,8 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsConceptGate,
             SafetyExpertsApply,
             SafetyExpertsPairGuard,
+            SafetyExpertsTrainPromptGuard,
+            SafetyExpertsCheckPrompt,
             SafetyExpertsTrainVerifier,
             SafetyExpertsVerifyImages,
             SafetyExpertsSave,

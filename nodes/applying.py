@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..errors import InputError
 from ..experts.blocks import known_categories, scale_categories
-from ..experts.concept_gate import ConceptGate
+from ..experts.concept_gate import Gate
 from ..experts.expert import Expert
 from ..preferences.categories import CATEGORIES
 from . import gating, sockets
@@ -79,7 +79,7 @@ class SafetyExpertsApply(io.ComfyNode):
         expert: Expert,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        gate: ConceptGate | None = None,
+        gate: Gate | None = None,
         **strengths: float,
     ) -> io.NodeOutput:
         known = known_categories(expert)
@@ -108,7 +108,7 @@ def _input_id(category: str) -> str:
     return category.replace("-", "_")
 
 
-def _check_gate(gate: ConceptGate, expert: Expert) -> None:
+def _check_gate(gate: Gate, expert: Expert) -> None:
     """Refuse a gate that would not do what its user expects.
 
     Raises:

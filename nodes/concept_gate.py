@@ -5,7 +5,7 @@ import random
 from comfy_api.latest import io
 
 from ..errors import InputError
-from ..experts.concept_gate import fit_concept_gate
+from ..experts.concept_gate import fit_concept_gate, mean_of_tokens
 from . import host, sampling, sockets
 
 
@@ -54,7 +54,7 @@ class SafetyExpertsConceptGate(io.ComfyNode):
         progress = host.Progress(len(prompts))
         encoded = {}
         for prompt in prompts:
-            encoded[prompt] = sampling.encode_prompt(clip, prompt)[0][0][0].float().mean(dim=0).cpu()
+            encoded[prompt] = mean_of_tokens(sampling.encode_prompt(clip, prompt)[0][0])[0].cpu()
             progress.advance(1)
         gate = fit_concept_gate(unsafe, safe, encoded, false_positive_rate)
         return io.NodeOutput(gate, str(gate))

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..errors import InputError
 from ..experts.blocks import RankBlock, rank_blocks
-from ..experts.concept_gate import ConceptGate
+from ..experts.concept_gate import Gate
 from ..experts.expert import Expert, LoraLayer
 
 GUARD_ROWS = "safety_experts_guard_rows"  # in the transformer options of a forward pass that a guard asked for
@@ -41,9 +41,7 @@ class BatchGate:
         concepts: which conditionings each category is for; None: all.
     """
 
-    def __init__(
-        self, first_sigma: float, last_sigma: float, blocks: Sequence[RankBlock], concepts: ConceptGate | None
-    ):
+    def __init__(self, first_sigma: float, last_sigma: float, blocks: Sequence[RankBlock], concepts: Gate | None):
         self.first_sigma, self.last_sigma = first_sigma, last_sigma
         self.is_open = False
         self.rows: Tensor | None = None  # bool [b, blocks]; None: all
@@ -66,7 +64,7 @@ class BatchGate:
 
     def _open_blocks(self, context: Tensor | None) -> Tensor:
         assert self._concepts
-        if context is None or context.shape[2] != self._concepts.width:
+        if context is None or self._concepts.width not in (None, context.shape[2]):
             found = "no" if context is None else f"{context.shape[2]} wide"
             raise InputError(
                 f"the concept gate is for {self._concepts.width} wide conditionings and this model gets {found} ones; "
@@ -116,7 +114,7 @@ def add_gated_layers(
     expert: Expert,
     start_percent: float,
     end_percent: float,
-    concepts: ConceptGate | None = None,
+    concepts: Gate | None = None,
 ):
     """Return a clone of a ModelPatcher with LoRA layers that act between two points of the sampling.
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..errors import InputError
-from ..experts.concept_gate import ConceptGate
+from ..experts.concept_gate import Gate
 from ..guards.concepts import Concept, concepts_of_pairs, parse_concepts
 from ..guards.guidance import SLD_PRESETS
 from ..preferences.categories import CATEGORIES
@@ -138,7 +138,7 @@ class SafetyExpertsPairGuard(io.ComfyNode):
         method: Method,
         opens: str,
         pairs: Sequence[PromptPair] | PreferenceDataset | None = None,
-        gate: ConceptGate | None = None,
+        gate: Gate | None = None,
         skip_covered: bool = True,
         sld_preset: str = "strong",
         threshold: float = 0.4,
@@ -149,7 +149,10 @@ class SafetyExpertsPairGuard(io.ComfyNode):
         **strengths: float,
     ) -> io.NodeOutput:
         if opens in (TEXT, BOTH) and gate is None:
-            raise InputError(f"opens is {opens!r} and nothing is connected to gate; connect a Concept Gate")
+            raise InputError(
+                f"opens is {opens!r} and nothing is connected to gate; connect a Concept Gate, a prompt guard or the "
+                "gate of Check Prompt"
+            )
         named = parse_concepts(concepts)
         if pairs is not None:
             given = pairs.training_pairs() if isinstance(pairs, PreferenceDataset) else pairs
@@ -236,7 +239,7 @@ def _joined(concepts: Sequence[GuardConcept]) -> list[GuardConcept]:
 class _TextGate:
     """Says by a gate which of a guard's concepts a conditioning asks for; those it does not know always may act."""
 
-    def __init__(self, gate: ConceptGate, concepts: Sequence[GuardConcept]):
+    def __init__(self, gate: Gate, concepts: Sequence[GuardConcept]):
         self._gate, self._concepts = gate, concepts
         known = {name for concept in concepts for name in concept.categories} & set(gate.concepts)
         if not known:
@@ -244,7 +247,7 @@ class _TextGate:
             raise InputError(f"the gate knows none of the guard's categories, only {names}; make one for them")
 
     def __call__(self, context: Tensor) -> Tensor:
-        if context.shape[2] != self._gate.width:
+        if self._gate.width not in (None, context.shape[2]):
             raise InputError(
                 f"the gate is for {self._gate.width} wide conditionings and the prompt's is {context.shape[2]} wide; "
                 "make the gate with the text encoder of the prompt"

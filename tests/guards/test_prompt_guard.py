@@ -91,11 +91,13 @@ def test_what_it_says_of_itself_is_of_prompts_held_out_of_its_training(guard):
 
 
 def test_a_long_prompt_is_as_unsafe_as_the_worst_of_its_parts(guard, clip):
-    tokens = clip.read("a red circle " + "the " * 90 + " with thorns").tokens
-    parts = guard.scores(tokens.reshape(2, 77, -1))
+    """The words are in the second part, which other readers of 77 tokens never see."""
+    unsafe, safe = (clip.read("a blue hat " * 30 + text).tokens for text in ("with thorns", ""))
+    parts = [guard.scores(tokens.reshape(2, 77, -1)) for tokens in (unsafe, safe)]
 
-    assert torch.allclose(guard.scores(tokens[None]), parts.amax(dim=0, keepdim=True), atol=1e-5)
-    assert parts[1, -1] > parts[0, -1] + 0.2  # violence
+    assert torch.allclose(guard.scores(unsafe[None]), parts[0].amax(dim=0, keepdim=True), atol=1e-5)
+    assert torch.allclose(parts[0][0], parts[1][0], atol=1e-5)
+    assert parts[0][1, 2] > parts[1][1, 2] + 0.05  # violence
 
 
 def test_padding_of_zeros_changes_nothing(guard, clip):
