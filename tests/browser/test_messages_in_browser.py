@@ -189,7 +189,9 @@ def test_a_native_training_cancelled_at_random_steps_says_what_is_saved(server, 
     )
     for number in range(int(os.environ.get("CANCELS", "2"))):
         at, name = random.Random(number).randrange(1, steps - 2), f"stopped_{number}"
-        frontend.open_api_graph(native(overrides=f"steps={steps}", expert_name=name), name)
+        frontend.open_api_graph(
+            native(overrides=f"steps={steps}\nbatch_size=1\naccumulation_steps=1", expert_name=name), name
+        )
         frontend.page.evaluate("() => { window.shown = [0, 0] }")
         frontend.press_run()
         frontend.page.wait_for_function(f"() => shown[1] === {steps} && shown[0] >= {at}", timeout=240_000)
