@@ -13,10 +13,17 @@ from pathlib import Path
 
 import pytest
 from frontend import Frontend, open_frontend
+from safetensors.torch import load_file, save_file
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+from safety_experts.experts.expert_file import load_expert
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "example_workflows"
+PARTS = {
+    "diffusion_models": "model.diffusion_model.",
+    "text_encoders": "cond_stage_model.transformer.",
+    "vae": "first_stage_model.",
+}
 NAMES = ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"]
 
 
@@ -99,3 +106,30 @@ def test_the_three_workflows_run_one_after_the_other(server, frontend):
         "merged_00001_.safetensors",
         "violence_00001_.safetensors",
     ]
+
+
+def test_workflow_4_draws_trains_and_applies_on_separate_files(server, frontend):
+    base = server.base_directory
+    weights = load_file(ensure_toy_checkpoint())
+    for folder, prefix in PARTS.items():
+        (base / "models" / folder).mkdir(exist_ok=True)
+        part = {key.removeprefix(prefix): value.clone() for key, value in weights.items() if key.startswith(prefix)}
+        save_file(part, base / "models" / folder / "toy.safetensors")
+    frontend.page.reload()  # the new files are in its lists
+    frontend.wait_until_ready()
+    name = "4_train_on_the_model"
+    open_example(frontend, name)
+    frontend.set_widget("UNETLoader", unet_name="toy.safetensors")
+    frontend.set_widget("CLIPLoader", clip_name="toy.safetensors", type="stable_diffusion")
+    frontend.set_widget("VAELoader", vae_name="toy.safetensors")
+    text = "a red circle with thorns | a red circle\na blue square with thorns | a blue square"
+    frontend.set_widget("SafetyExpertsPromptPairs", source="text")
+    frontend.set_widget("SafetyExpertsPromptPairs", **{"source.text": text, "source.category": "violence"})
+    frontend.set_widget("SafetyExpertsGeneratePairs", steps=4, width=64, height=64)
+    frontend.set_widget("SafetyExpertsTrain", recipe_name="toy")
+    frontend.set_widget("EmptySD3LatentImage", width=64, height=64)
+    entry = run_and_wait(server, frontend, name)
+
+    expert = load_expert(base / "output" / "loras" / "z_image_violence_00001_.safetensors")
+    assert expert.info.base_checkpoint.name == "toy.safetensors" and expert.info.trained.finished
+    assert [image["filename"] for output in entry["outputs"].values() for image in output.get("images", [])]
