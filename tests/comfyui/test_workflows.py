@@ -70,8 +70,9 @@ def test_no_value_is_left_to_a_default(server, name):
     nodes = server.object_info()
     for number, node in load_workflow(name).items():
         inputs = nodes[node["class_type"]]["input"]
-        for key, (kind, *_) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
-            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+        for key, (kind, *more) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
+            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            if is_widget and not (more and more[0].get("forceInput")):
                 assert key in node["inputs"], f"{name}: {key} of node {number} ({node['class_type']}); make workflows"
 
 
