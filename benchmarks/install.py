@@ -5,7 +5,8 @@
 Needs comfy-cli (`--comfy`) and uv (`--uv`), both from PyPI; ComfyUI itself is not there, so name the folders. For each
 pair: a fresh environment with ComfyUI's requirements, the zip of `comfy node pack` unpacked into custom_nodes, each
 line of requirements.txt installed by itself, the server started, nodes, help, words and templates asked for, a template
-run on the toy checkpoint that the installed pack writes, then the pack removed and the same template queued again.
+run on the toy checkpoint that the installed pack writes; with --uninstall the pack is removed and the same template
+queued again.
 Results of pairs that were tried before stay in the result file.
 """
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "install.json"
 FOLDER = "safety-experts"  # ComfyUI-Manager names it after [project].name
 TEMPLATE = "1_build_preference_dataset"
-PAIRS_EACH, START_SECONDS, RUN_SECONDS = 2, 400, 900
+PAIRS_EACH, START_SECONDS, RUN_SECONDS = 2, 1800, 1800
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[], metavar="VERSION=PATH")
     parser.add_argument("--comfyui", action="append", default=[], metavar="VERSION=FOLDER")
     parser.add_argument("--only", default="", metavar="PYTHON,COMFYUI", help="one pair only")
+    parser.add_argument("--uninstall", action="store_true", help="also remove the pack and queue the template again")
     parser.add_argument("--comfy", default="comfy", help="the command of comfy-cli")
     parser.add_argument("--uv", default="uv", help="the command uv")
     parser.add_argument("--torch", default="torch==2.12.1 torchvision==0.27.1 torchaudio==2.11.0")
@@ -101,7 +103,7 @@ def attempt(options: argparse.Namespace, interpreter: Path, tree: Path, archive:
             opened.extractall(folder)
         started = time.monotonic()
         for line in (folder / "requirements.txt").read_text().split():
-            run([str(python), "-m", "pip", "install", "--quiet", line])
+            run([options.uv, "pip", "install", "--quiet", "--python", str(python), line])  # Manager's use_uv
         result["requirements_seconds"] = round(time.monotonic() - started)
         after = versions(python)
         result["added"] = sorted(f"{name} {after[name]}" for name in after.keys() - before)
@@ -119,9 +121,10 @@ def attempt(options: argparse.Namespace, interpreter: Path, tree: Path, archive:
         with Server(python, tree, base) as server:
             result |= look(server)
             result["template"] = run_template(server)
-        shutil.rmtree(folder)  # what uninstalling does
-        with Server(python, tree, base) as server:
-            result["uninstalled"] = missing_nodes(server)
+        if options.uninstall:
+            shutil.rmtree(folder)  # what uninstalling does
+            with Server(python, tree, base) as server:
+                result["uninstalled"] = missing_nodes(server)
     except (subprocess.CalledProcessError, urllib.error.URLError, RuntimeError, OSError, KeyError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         result["problem"] = " ".join(detail.split())[-600:]

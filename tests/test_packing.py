@@ -43,7 +43,7 @@ def test_the_zip_holds_what_the_pack_needs_and_nothing_for_its_makers(packed):
 
 def test_every_name_can_be_unpacked_on_every_system(tracked):
     """A test that wrote into its working folder left names such as C:\\x here once."""
-    assert [name for name in tracked if not re.fullmatch(r"[A-Za-z0-9_.@+-]+(/[A-Za-z0-9_.@+-]+)*", name)] == []
+    assert [name for name in tracked if not re.fullmatch(r"[A-Za-z0-9_.@+ -]+(/[A-Za-z0-9_.@+ -]+)*", name)] == []
 
 
 def test_the_version_is_the_changelog_s_newest():
