@@ -1,7 +1,8 @@
-"""What the interface says, in three languages, made from the nodes themselves and from words/zh.json and words/ja.json.
+"""What the interface says: help pages, and three languages, made from the nodes and from words/zh.json and ja.json.
 
-`python tests/comfyui/test_locales.py` writes `locales/`. A text that is new or changed has no translation until a line
-in words/ gives it one; leave the English there when you do not speak the language.
+`python tests/comfyui/test_locales.py` writes `locales/`, and the inputs and outputs of the help pages. A text that is
+new or changed has no translation until a line in words/ gives it one; leave the English there when you do not speak
+the language.
 """
 
 import json
@@ -129,9 +130,54 @@ def test_every_input_and_output_says_what_it_is(server):
         assert all(node["output_tooltips"]), f"{name}: an output without a tooltip"
 
 
-def _write() -> int:
-    with ComfyServer() as server:
-        info = server.object_info()
+def page_of(name: str) -> Path:
+    return ROOT / "web" / "docs" / f"{name}.md"
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return heading -> text of a help page's sections."""
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)
+    return {heading: body.strip() for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def socket_sections(node: Json) -> dict[str, str]:
+    """Return what a help page says of a node's inputs and outputs: what their tooltips say."""
+    shown = {name: about for name, about in inputs_of(node["input"]).items() if not about.get("hidden")}
+    inputs = [f"- **{name.replace('.', ' → ')}**: {_in_one_line(about['tooltip'])}" for name, about in shown.items()]
+    outputs = [
+        f"- **{name}** ({kind}): {_in_one_line(tooltip)}"
+        for name, kind, tooltip in zip(node["output_name"], node["output"], node["output_tooltips"], strict=True)
+    ]
+    return {
+        "Inputs": "\n".join(inputs) or "None.",
+        "Outputs": "\n".join(outputs) or "None: the node shows what it has.",
+    }
+
+
+def _in_one_line(text: str) -> str:
+    return "; ".join(text.splitlines())
+
+
+def test_every_node_has_a_whole_help_page(server):
+    for name, node in our_nodes(server.object_info()).items():
+        text = page_of(name).read_text(encoding="utf-8")
+        found = sections(text)
+        assert {heading: found[heading] for heading in ("Inputs", "Outputs")} == socket_sections(node), name
+        assert found["Example"] and found["Usual mistakes"].startswith("- "), name
+        (picture,) = re.findall(r"!\[.+\]\((.+)\)", text)
+        assert (page_of(name).parent / picture).stat().st_size < 60_000, name
+
+
+def _write_page(name: str, node: Json) -> None:
+    text = page_of(name).read_text(encoding="utf-8")
+    for heading, body in socket_sections(node).items():
+        text = re.sub(rf"(?ms)^## {heading}$.*?(?=^## )", lambda _, h=heading, b=body: f"## {h}\n\n{b}\n\n", text)
+    page_of(name).write_text(text, encoding="utf-8")
+
+
+def _write(info: Json) -> int:
+    for name, node in our_nodes(info).items():
+        _write_page(name, node)
     lacking = 0
     for language in LANGUAGES:
         made, missing = files(info, language)
@@ -146,4 +192,6 @@ def _write() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(_write()))
+    with ComfyServer() as running:
+        described = running.object_info()
+    sys.exit(bool(_write(described)))
