@@ -57,6 +57,11 @@ export function titleOf(nodeId, otherwise) {
   return node?.title ?? otherwise;
 }
 
+/** Return every node of the open workflow, those within subgraphs too. */
+export function nodesOf(graph = app.graph) {
+  return (graph?._nodes ?? []).flatMap((node) => [node, ...(node.subgraph ? nodesOf(node.subgraph) : [])]);
+}
+
 /** Ask for a line of text; null when the person cancels. */
 export function ask(title, message, value) {
   return app.extensionManager.dialog.prompt({ title, message, defaultValue: value });

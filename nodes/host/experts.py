@@ -21,8 +21,8 @@ def expert_path(name: str) -> Path:
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise InputError(
-            f"no expert {name!r} in ComfyUI's loras folders: put the file into models/loras or output/loras and press R, "
-            "or choose another one"
+            f"no expert {name!r} in ComfyUI's loras folders: put the file into models/loras or output/loras and press "
+            "R, or choose another one"
         )
     return Path(path)
 
