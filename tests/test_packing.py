@@ -37,7 +37,7 @@ def test_the_zip_holds_what_the_pack_needs_and_nothing_for_its_makers(packed):
     assert set(NEEDED) <= set(packed)
     assert {name.split("/")[0] for name in packed if "/" in name} <= FOLDERS
     assert not [
-        name for name in packed if re.search(r"(^|/)(tests|benchmarks|__pycache__)/|\.pyc$|docs/.*\.png$", name)
+        name for name in packed if re.search(r"(^|/)(tests|benchmarks|__pycache__)/|\.pyc$|^docs/.*\.png$", name)
     ]
 
 

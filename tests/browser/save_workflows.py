@@ -11,6 +11,7 @@ import copy
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def save(frontend: Frontend, name: str, graph: dict[str, Any]) -> None:
             sys.exit(f"{name}, node {number} ({node['class_type']}): the frontend changed its inputs")
     write(FOLDER / f"{name}.json", saved)
     picture = ROOT / "docs" / "screenshots" / f"{name}.png"
-    if not picture.exists():
+    if not picture.exists():  # not one that ran: as it was opened
+        picture = Path(tempfile.gettempdir()) / f"{name}.png"
         frontend.screenshot(picture)
     save_thumbnail(picture, FOLDER / f"{name}.jpg")
     if name == "5_use_every_day":
