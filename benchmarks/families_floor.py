@@ -24,6 +24,7 @@ from family_cases import ARGUMENTS, CASES, Case
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.nodes.native.adapters import Adapters
 from safety_experts.nodes.native.denoiser import NativeDenoiser
+from safety_experts.nodes.native.room import room_bytes
 from safety_experts.training.recipe import load_recipe
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,8 +145,10 @@ def count(case: Case) -> dict[str, float]:
                 adapter.to = lambda *_, own=adapter, **__: (
                     own
                 )  # it is where it must be, and fake tensors cannot be exchanged
+            patcher = ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+            room = room_bytes(patcher, adapters, ROWS)
             adapters.inject()
-            denoiser = NativeDenoiser(ModelPatcher(model, torch.device("cpu"), torch.device("cpu")), True)
+            denoiser = NativeDenoiser(patcher, True)
             noisy = torch.zeros(ROWS, *case.latents)
             row = {"cross_attn": torch.zeros(TOKENS, case.text_dim, dtype=torch.bfloat16)}
             row |= {name: make(TOKENS).to(torch.bfloat16) for name, make in case.extra.items()}
@@ -171,6 +174,7 @@ def count(case: Case) -> dict[str, float]:
         "weights_gb": round(weights / 1e9, 2),
         "peak_memory_gb": round(memory.peak / 1e9, 2),
         "beside_the_weights_gb": round((memory.peak - weights) / 1e9, 2),
+        "room_left_free_gb": round(room / 1e9, 2),
     }
 
 

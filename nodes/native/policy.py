@@ -16,13 +16,11 @@ from ...training.recipe import Recipe
 from . import refusals
 from .adapters import Adapters
 from .denoiser import NativeDenoiser
+from .room import room_bytes
 
 logger = logging.getLogger(__name__)
 
 INJECTION_KEY = "safety_experts_training"
-# Of what ComfyUI estimates for drawing: a step counts to 1.4 to 2.5 times that (benchmarks/families_floor.py). Where
-# attention is not a kernel of its own its estimate is eight times as high.
-_TIMES_DRAWING, _SIZE_PX = 3, 1024
 
 
 class NativePolicy:
@@ -41,7 +39,6 @@ class NativePolicy:
     def __init__(self, model, recipe: Recipe):
         refusals.check_model(model)
         self._patcher = _plain_clone(model, recipe)
-        self._rows = 2 * recipe.batch_size
         self._adapters = Adapters(self._patcher.model, recipe, self._patcher.load_device)
         self._patcher.set_injections(
             INJECTION_KEY,
@@ -51,6 +48,8 @@ class NativePolicy:
                 )
             ],
         )
+        rows = recipe.batch_size * (3 if recipe.anchor_weight else 2)
+        self._room_bytes = room_bytes(self._patcher, self._adapters, rows)
         self.load()
         self.denoiser = NativeDenoiser(self._patcher, recipe.gradient_checkpointing, recipe.flow_error)
         self.parameters: dict[str, nn.Parameter] = self._adapters.parameters()
@@ -61,19 +60,9 @@ class NativePolicy:
         What does not fit beside a step stays in RAM, as when ComfyUI draws: a layer's weights come when it computes,
         in the second pass of a checkpointed block too.
         """
-        comfy.model_management.load_models_gpu([self._patcher], memory_required=self._room_bytes())
+        comfy.model_management.load_models_gpu([self._patcher], memory_required=self._room_bytes)
         if self._patcher.model.model_lowvram:
             logger.warning("the MODEL does not fit beside a training step: a part of it stays in RAM, which is slower")
-
-    def _room_bytes(self) -> float:
-        """Return what a step needs beside the weights, roughly: for pictures of 1024 px."""
-        latents = self._patcher.model.latent_format
-        side = _SIZE_PX // latents.spacial_downscale_ratio
-        frames = (1,) * (latents.latent_dimensions - 2)
-        drawing = self._patcher.memory_required([self._rows, latents.latent_channels, *frames, side, side])
-        management = comfy.model_management
-        has_kernel = management.pytorch_attention_flash_attention() or management.xformers_enabled()
-        return drawing * (_TIMES_DRAWING if has_kernel else 1)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
