@@ -189,7 +189,7 @@ class SafetyExpertsCheckPrompt(io.ComfyNode):
                 io.Boolean.Output("safe", tooltip="Whether the prompt that was given is safe: to branch on."),
                 io.String.Output("category", tooltip="The nearest category of an unsafe prompt, or nothing."),
                 io.Float.Output("score", tooltip="The highest of all categories; above 0 is unsafe."),
-                io.String.Output("report"),
+                io.String.Output("report", tooltip="What was found and what was done about it."),
                 sockets.ConceptGate.Output(
                     "gate", tooltip="Opens experts and guards for the categories found, on any model."
                 ),
