@@ -252,4 +252,41 @@ LAYOUTS = {
     "5_use_every_day": _daily((1,), _SD15_NOTE, {1: (SD15,)}),
     "5_use_every_day_sdxl": _daily((1,), _SDXL_NOTE, {1: (SDXL,)}),
     "5_use_every_day_z_image": _daily((1, 30, 31), _Z_NOTE, _Z_LOADERS),
+    "6_safe_generation": Layout(
+        above=(
+            Group("1 Your model", "model", ((1,),), _SD15_NOTE),
+            Group(
+                "2 Check the prompt",
+                "prompts",
+                ((2,), (3,)),
+                "**Type your prompt** here. *file* is what **Train Prompt Guard** made of prompt pairs on this text "
+                "encoder. *report* leaves the prompt as it is and opens the expert for what it asks for; *block*, "
+                "*replace*, *soften* and *rewrite* change it.",
+            ),
+            Group(
+                "3 Expert and guard",
+                "apply",
+                ((4,), (5,), (6, 7)),
+                "The expert acts where the check says so: other prompts are drawn as by the model alone. **Pair "
+                "Guard** covers categories without an expert: write `category: unsafe text | safe text`, one a line.",
+            ),
+        ),
+        below=(
+            Group(
+                "4 Draw",
+                "draw",
+                ((8, 9), (10,), (11,), (12, 16)),
+                "Size, steps and cfg as you always use them. The guard needs two predictions more in the first third "
+                "of the steps, for each of its lines.",
+            ),
+            Group(
+                "5 Look at the picture",
+                "judge",
+                ((13,), (14,), (15,)),
+                "*file* is what **Train Verifier** made of your own pictures with this CLIP. *safe* of **Verify "
+                "Images** is a value to branch on; nothing is hidden or deleted.",
+            ),
+        ),
+        models={1: (SD15,), 13: ({**_CLIP, "directory": "clip_vision"},)},
+    ),
 }

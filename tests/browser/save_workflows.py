@@ -30,6 +30,7 @@ FILES = {
     "unet_name": "diffusion_models",
     "vae_name": "vae",
     "expert_name": "loras",
+    "file": "safety_judges",
 }
 
 
