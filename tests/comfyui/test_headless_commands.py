@@ -16,7 +16,7 @@ from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 from safety_experts.experts.expert_file import load_expert
 from safety_experts.files import sha256_of_file
 from safety_experts.headless.session import Comfy, one_comfyui
-from safety_experts.preferences.dataset import PreferenceDataset
+from safety_experts.preferences.dataset import ImageToImage, PreferenceDataset
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +81,21 @@ def test_a_dataset_is_drawn_where_it_belongs_and_names_the_file(folder, dataset)
     assert (base.name, base.family) == ("wan.safetensors", "wan2.1")
     assert base.sha256 == sha256_of_file(folder / "wan.safetensors")
     assert not list(folder.glob(".*"))  # nothing of the server stays
+
+
+def test_the_safe_image_starts_from_the_unsafe_one(folder, dataset):
+    out = folder / "from_unsafe"
+    command = ["dataset", "build", *model(folder), "--prompts", str(folder / "pairs.csv"), *SIZE, "--out", str(out)]
+    assert run([*command, "--image-to-image", "0.5", "--negate-unsafe"]) == 0
+
+    built = PreferenceDataset.open(out)
+
+    assert built.info.image_to_image == ImageToImage(0.5, negates_unsafe=True)
+    assert [pair.id for pair in built.pairs] == [pair.id for pair in dataset.pairs]
+    for pair in built.pairs:
+        drawn = zip(built.image_paths(pair), dataset.image_paths(pair), strict=True)
+        is_chosen_same, is_rejected_same = [path.read_bytes() == before.read_bytes() for path, before in drawn]
+        assert is_rejected_same and not is_chosen_same
 
 
 @pytest.fixture(scope="module")
