@@ -70,7 +70,9 @@ ARMS: dict[str, dict[str, Any]] = {
         f"redirect, {name}, averaged": {"redirect": True, "ema_decay": 0.9, **more}
         for name, more in (
             ("constant 0.1", {"leak_weight": 0.1}),
+            ("constant 0.1, allotted", {"leak_weight": 0.1, "retain_by_leak": 0.75}),
             ("dual", {"leak_control": "dual", "leak_weight": 1.0}),
+            ("barrier", {"leak_control": "barrier", "leak_weight": 0.1}),
         )
     },
     "preference alone": _FIXED,

@@ -324,7 +324,7 @@ def print_outcome(outcome, arguments: argparse.Namespace) -> None:
         print(report.model_dump_json(by_alias=True))
     else:
         view = View(report)
-        for line in [*view.headlines(), *view.kept_lines()]:
+        for line in [*view.headlines(), *view.kept_lines(), *view.ring_lines()]:
             print(f"{line.icon} {line.verdict}: {line.text}")
         for gate in report.gates:
             print(f"{'kept  ' if gate.kept else 'MISSED'} {gate.expression}, {view.title_of(gate.arm)}")

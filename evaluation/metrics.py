@@ -37,7 +37,7 @@ class MetricKind:
 
 
 class _ToyAdherence:
-    version = "toy-adherence 1"
+    version = "toy-adherence 2"
     batch_size = 32
 
     def read(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[dict[str, float]]:
@@ -45,14 +45,16 @@ class _ToyAdherence:
         for image, prompt in zip(images, prompts, strict=True):
             reading = read_image(image)
             try:
-                colour, shape, _ = parse_prompt(prompt)
+                colour, shape, mark = parse_prompt(prompt)
             except InputError:  # not the toy world's: there is nothing to compare with
                 values.append({})
                 continue
-            values.append({"colour": float(reading.colour == colour), "shape": float(reading.shape == shape)})
+            asked = {"colour": colour, "shape": shape, "mark": mark}
+            values.append({name: float(getattr(reading, name) == value) for name, value in asked.items()})
         return values
 
 
+SIMILARITY, SCORE = "clip/similarity", "clip/score"
 # Measured in one pass over the finished pictures (quality.py), not while they are drawn.
 _CLIP_SCORES = {
     "similarity": MetricScore("likeness to the base model's picture", None),
@@ -65,6 +67,7 @@ METRICS: dict[str, MetricKind] = {
         {
             "colour": MetricScore("colour as asked", 0.05, is_rate=True),
             "shape": MetricScore("shape as asked", 0.05, is_rate=True),
+            "mark": MetricScore("mark as asked, or none", 0.05, is_rate=True),
         },
         lambda options, device: _ToyAdherence(),
     )

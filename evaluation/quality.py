@@ -12,12 +12,11 @@ from ..files import path_inside, write_atomically
 from ..preferences.images import read_image
 from .distances import FRECHET_MIN, Distance, cmmd, frechet, kid
 from .judges.clip_encoder import ClipEncoder, normalised
+from .metrics import SCORE, SIMILARITY
 from .plan import BASE, read_plan_json, read_prompts
 from .report import DISTANCES_NAME
 from .samples import FILE_NAME, Key, Sample, SampleStore, read_samples
 from .schema import DistanceRow
-
-SIMILARITY, SCORE = "clip/similarity", "clip/score"
 
 
 def measure_quality(

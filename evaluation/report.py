@@ -18,6 +18,7 @@ from .metrics import score_of_metric
 from .pictures import RANKING, Album
 from .plan import BASE, NULL, read_prompts
 from .results import ALL_SUITES, FALSE_ALARMS, Evaluation
+from .rings import ring_rows, selectivity_rows
 from .schema import ALL, SAFE, AttackRow, ContrastRow, NonInferiorityRow, PromiseRow, RateRow, Report, RuleRow
 from .statistics import smallest_margin
 
@@ -52,6 +53,7 @@ def make_report(
     evaluation = evaluation or Evaluation.open(folder)
     plan = evaluation.plan
     rates, contrasts, kept = evaluation.rates(), evaluation.contrasts(), evaluation.non_inferiority()
+    rings = ring_rows(evaluation)
     models = [arm["id"] for arm in plan["arms"] if arm["kind"] == "model" and arm["id"] in evaluation.arms]
     expected = len(plan["arms"]) * plan["images_per_prompt"] * sum(suite["num_prompts"] for suite in plan["suites"])
     return Report(
@@ -77,6 +79,8 @@ def make_report(
         metrics=evaluation.metric_rows(),
         distances=_read_distances(folder),
         non_inferiority=kept,
+        rings=rings,
+        selectivity=selectivity_rows(evaluation, rings),
         frontier=frontier_points(evaluation),
         attacks=attack_rows(evaluation),
         gates=hold(gates, models, rates, contrasts, kept),
@@ -155,7 +159,7 @@ def render(report: Report, evaluation: Evaluation, album: Album) -> str:
         view=view,
         share=album.share,
         headlines=view.headlines(),
-        kept=view.kept_lines(),
+        kept=[*view.kept_lines(), *view.ring_lines()],
         pairs=album.pairs(arm) if arm in evaluation.arms else [],
         ranking=RANKING,
         dumbbell=view.dumbbells(),
@@ -308,6 +312,19 @@ class View:
         tone = {"kept": "good", "not shown": "bad", "not testable": "unclear"}[row.verdict]
         verdict = {"kept": "kept", "not shown": "loss not excluded", "not testable": "not testable at this n"}
         return Headline(text, verdict[row.verdict], tone)
+
+    def ring_lines(self) -> list[Headline]:
+        """Return a sentence on what the primary arm draws as something else, if that could be compared."""
+        return [
+            Headline(
+                f"Safe prompts, worst list {row.worst_ring}: {percent(row.lost)} drawn as something else; with "
+                f"{percent(row.unsafe)} unsafe H is {row.h:.3f}.",
+                "over-defensiveness",
+                "unclear",
+            )
+            for row in self.report.selectivity
+            if row.arm == self.report.primary_arm
+        ]
 
     def bars(self) -> list[Bar]:
         """Return before and after of every arm and category, the null row last; of an attack those of every list."""

@@ -90,6 +90,29 @@ class NonInferiorityRow(_Row):
     verdict: Literal["kept", "not shown", "not testable"]
 
 
+class RingRow(_Row):
+    """Share of a list's safe prompts that an arm draws as something else; `floor` is the seed floor, if it is used."""
+
+    arm: str
+    ring: str
+    measure: str
+    floor: float | None
+    n: int
+    lost: float
+    low: float
+    high: float
+
+
+class SelectivityRow(_Row):
+    """The unsafe share of an arm, the worst ring, and H, the harmonic mean of 1 - unsafe and 1 - lost."""
+
+    arm: str
+    unsafe: float
+    worst_ring: str
+    lost: float
+    h: float
+
+
 class FrontierPoint(_Row):
     """What an arm gives up for what it gains; x is its unsafe rate, y the share of a safe prompt's content kept."""
 
@@ -162,6 +185,8 @@ class Report(pydantic.BaseModel):
     metrics: list[MetricRow]
     distances: list[DistanceRow]
     non_inferiority: list[NonInferiorityRow]
+    rings: list[RingRow] = []  # a report of an older version has none
+    selectivity: list[SelectivityRow] = []
     frontier: list[FrontierPoint]
     attacks: list[AttackRow]
     gates: list[GateRow]

@@ -1,10 +1,13 @@
 """Which pairs a step trains on, and every random draw of it: a function of the recipe's seed and the step alone.
 
-Nothing here has state, so a resumed run sees what an uninterrupted one would have seen.
+Nothing here has state, so a resumed run sees what an uninterrupted one would have seen; shares of retained prompts come
+from the run's records, which are kept.
 """
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -61,10 +64,13 @@ class BatchPlan:
             batches += [filled[start : start + size] for start in range(0, len(filled), size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int, shares: Mapping[str, float] | None = None) -> Batch:
         """Return the `number`-th forward pass of the run (from 0).
 
         After the recipe's `reference_epochs` the same batches come again, draws and all, each time in a new order.
+
+        Args:
+            shares: how often each group of retained prompts is drawn, adding up to 1; None: equally often.
         """
         recipe = self.recipe
         if self._bank_size and number >= self._bank_size:
@@ -104,6 +110,7 @@ class BatchPlan:
                     for pair, value in zip(pairs, empty, strict=True)
                 ],
                 number,
+                shares,
             ),
             noise=noise,
             timesteps=chosen_timesteps,
@@ -114,16 +121,18 @@ class BatchPlan:
             anchor_timesteps=timesteps(),
         )
 
-    def _retained_in_part(self, prompts: list[str], number: int) -> list[str]:
-        """Return the prompts, a random part of them replaced by retained ones: each group of those equally often."""
+    def _retained_in_part(self, prompts: list[str], number: int, shares: Mapping[str, float] | None) -> list[str]:
+        """Return the prompts, a random part of them replaced by retained ones, of each group by its share."""
         if not self.retained:
             return prompts
         generator = seeded_generator(self.recipe.seed, "retained", number)
         replaced, which, of_group = torch.rand(3, len(prompts), generator=generator).tolist()
         groups = list(self.retained.values())
+        ends = list(accumulate((shares or {}).get(name, 0.0) for name in self.retained))
         drawn = []
         for position, prompt in enumerate(prompts):
-            group = groups[int(which[position] * len(groups))]
+            place = bisect(ends, which[position] * ends[-1]) if shares else int(which[position] * len(groups))
+            group = groups[min(place, len(groups) - 1)]
             other = group[int(of_group[position] * len(group))]
             drawn.append(other if replaced[position] < self.recipe.retain_fraction else prompt)
         return drawn

@@ -18,6 +18,8 @@ from .retained import RetainedPrompts
 from .step_loss import Predictions, predict, preference_loss
 
 DRAWS_PER_PAIR = 8
+# Leaks are heavy in their tails: of six rows the worst of eight groups was one prompt at one noise level.
+ROWS_PER_GROUP = 16
 
 
 def split_pairs(pairs: Sequence[PreferencePair], recipe: Recipe) -> tuple[list[PreferencePair], list[PreferencePair]]:
@@ -55,8 +57,11 @@ class HeldOut:
         self.plan = BatchPlan(pairs, cache, self.recipe)
         self.device = device
         self.bank = ReferenceBank()
-        self.num_batches = -(-len(pairs) * DRAWS_PER_PAIR // size)
         self.groups: RetainedPrompts = {"safe": (), "empty": ("",), **(retained or {})}
+        rows = len(pairs) * DRAWS_PER_PAIR
+        if recipe.leak_budget:
+            rows = max(rows, ROWS_PER_GROUP * len(self.groups))
+        self.num_batches = -(-rows // size)
 
     @torch.no_grad()
     def measure(self, policy: Policy, *, is_untrained: bool = False) -> dict[str, float]:

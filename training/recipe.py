@@ -138,6 +138,13 @@ class Recipe(BaseModel):
         description="Fraction of anchor or leak samples under prompts of the dataset's other categories and of what "
         "--retain gives, instead of safe and empty ones.",
     )
+    retain_by_leak: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Part of those samples that goes to categories and files by their leak when last measured, so that "
+        "the worst gets most; the others are drawn equally often. Needs a leak_budget.",
+    )
     caption_dropout_fraction: float = Field(
         0.2, ge=0, le=1, description="Fraction of pairs trained under the empty prompt."
     )
@@ -218,6 +225,8 @@ class Recipe(BaseModel):
             raise ValueError("redirect needs a leak_budget, say 0.003")
         if self.redirect and (self.anchor_weight or self.sft_weight or self.anchor_every > 1):
             raise ValueError("redirect has terms of its own: set anchor_weight and sft_weight to 0, anchor_every to 1")
+        if self.retain_by_leak and (self.leak_budget is None or not self.retain_fraction):
+            raise ValueError("retain_by_leak goes by measured leaks: set leak_budget, say 0.003, and retain_fraction")
         if self.anchor_samples == "noise" and (self.redirect or self.retain_fraction):
             raise ValueError("anchor_samples=noise knows no prompts to retain: use images")
         return self

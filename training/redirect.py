@@ -16,7 +16,7 @@ arXiv 2512.23426), a log-space multiplier and 1 + lambda (Safe RLHF), PI control
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -109,6 +109,22 @@ def dual_weight(weight: float, excess: float, excess_before: float) -> float:
 def barrier_weight(strength: float, share: float) -> float:
     """Return strength / slack, where `share` of the budget is used; the slack counts as 0.02 at least."""
     return strength / max(_LEAST_SLACK, 1 - share)
+
+
+def retained_shares(recipe: Recipe, records: Sequence[dict[str, float]], names: Collection[str]) -> dict[str, float]:
+    """Return how often the next step draws each group of retained prompts; the shares add up to 1.
+
+    `retain_by_leak` of the rows go to the groups by what they leaked when last measured, the others to all alike: the
+    worst group decides what is kept, so it gets the rows. After C-DPO's allotment (arXiv 2403.02475) and RePO's
+    rectified costs (arXiv 2410.19933), without a second multiplier. Equal shares before the first measurement.
+    """
+    measured = next((record for record in reversed(records) if "eval/leak" in record), {})
+    leaks = {name: measured.get(f"eval/leak/{name}", 0.0) for name in names}
+    total = sum(leaks.values())
+    by_leak = recipe.retain_by_leak if total else 0.0
+    return {
+        name: (1 - by_leak) / len(leaks) + by_leak * (leak / total if total else 0.0) for name, leak in leaks.items()
+    }
 
 
 def check_separation(untrained: Mapping[str, float]) -> None:

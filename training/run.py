@@ -18,7 +18,7 @@ from .memory import REMEDY, is_out_of_memory
 from .policy import Policy
 from .processes import Processes
 from .recipe import Recipe
-from .redirect import LEAK_WEIGHT, Balance, check_separation, leak_weight_at
+from .redirect import LEAK_WEIGHT, Balance, check_separation, leak_weight_at, retained_shares
 from .reference_bank import ReferenceBank
 from .step_loss import batch_loss
 from .stop_rules import is_kept, keeps_best, shortfall, stop_reason, watched
@@ -151,12 +151,14 @@ class TrainingRun:
         balance = self._balance()
         if balance:
             totals[LEAK_WEIGHT] = balance.leak_weight
+        shares = retained_shares(recipe, self.records, self.plan.retained) if recipe.retain_by_leak else None
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(recipe.accumulation_steps):
             if self.processes.any(should_stop(), self.device):
                 return None
             number = self.step * recipe.accumulation_steps + micro
-            batch, anchor_weight = self.processes.share(self.plan.batch(number)), recipe.anchor_weight_at(number)
+            batch = self.processes.share(self.plan.batch(number, shares))
+            anchor_weight = recipe.anchor_weight_at(number)
             loss, metrics = batch_loss(
                 self.policy, self.plan.cache, batch, recipe, self.device, self.bank, anchor_weight, balance
             )
