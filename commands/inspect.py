@@ -81,7 +81,8 @@ def _print_training(training: "Trained") -> None:
     print(f"step: {training.step}{state}{pairs}")
     if "eval/residual" in training.metrics:
         residual, leak = training.metrics["eval/residual"], training.metrics.get("eval/leak", float("nan"))
-        print(f"held out: residual {residual:.3g}, worst leak {leak:.3g}")
+        worst = training.metrics.get("eval/worst_leak", leak)  # older experts hold the worst alone
+        print(f"held out: residual {residual:.3g}, leak {leak:.3g}, of the worst prompts {worst:.3g}")
     if training.shortfall:
         print(f"falls short: {printable(training.shortfall)}")
     for frozen in training.trained_with:

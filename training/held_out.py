@@ -1,6 +1,6 @@
 """Pairs set aside to see whether an expert still gets better, and the weights of when it was best."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -72,9 +72,9 @@ class HeldOut:
         predictions on safe and empty prompts; eval/chosen_increase is by what part the chosen images' error is above
         the reference's (0.1: by a tenth), which tells a policy that only spoils the rejected images faster.
 
-        With a leak budget also what redirect.py is about: eval/residual, eval/leak/<group> of each group of retained
-        prompts, eval/leak, which is the largest of those, eval/contrast (Q) and eval/separation (Q in units of the base
-        model's own error on retained prompts).
+        With a leak budget also what redirect.py is about: eval/residual; eval/leak/<group> of each group of retained
+        prompts, eval/leak, their mean weighed by `group_weights`, and eval/worst_leak; eval/contrast (Q) and
+        eval/separation (Q in units of the base model's own error on retained prompts).
 
         Args:
             is_untrained: measure the model without its LoRA: what a training has to improve on.
@@ -110,7 +110,16 @@ class HeldOut:
                 totals[name] = totals.get(name, 0.0) + value / self.num_batches
             if owners:
                 changes.add(predicted, owners, policy.denoiser.target(*self._anchor_samples(batch)))
-        return totals | {"eval/chosen_increase": chosen / reference - 1} | changes.measured()
+        return totals | {"eval/chosen_increase": chosen / reference - 1} | changes.measured(self.group_weights)
+
+    @property
+    def group_weights(self) -> dict[str, float]:
+        """The part of the leak's rows that a training without allotment draws from each group; they add up to 1."""
+        num_retained = len(self.groups) - 2
+        retained = self.recipe.retain_fraction if num_retained else 0.0
+        empty = (1 - retained) * self.recipe.anchor_empty_fraction
+        weights = {name: retained / num_retained for name in self.groups if name not in ("safe", "empty")}
+        return {"safe": 1 - retained - empty, "empty": empty, **weights}
 
     def _stratified(self, batch: Batch, number: int) -> tuple[Batch, list[str]]:
         """Return a batch at evenly spread timesteps, and the group of prompts that each anchor sample is of."""
@@ -155,7 +164,7 @@ class _Changes:
         for owner, change in zip(owners, changes, strict=True):
             self._leaks.setdefault(owner, []).append(change)
 
-    def measured(self) -> dict[str, float]:
+    def measured(self, weights: Mapping[str, float]) -> dict[str, float]:
         if not self._leaks:
             return {}
         num_retained = sum(map(len, self._leaks.values()))
@@ -165,7 +174,8 @@ class _Changes:
         leaks = {f"eval/leak/{name}": sum(values) / len(values) / unit for name, values in self._leaks.items()}
         return {
             "eval/residual": self._residual / self._contrast if self._contrast else 1.0,
-            "eval/leak": max(leaks.values()),
+            "eval/leak": sum(weight * leaks[f"eval/leak/{name}"] for name, weight in weights.items()),
+            "eval/worst_leak": max(leaks.values()),
             **leaks,
             "eval/contrast": contrast,
             "eval/separation": contrast / (self._base_error / num_retained),

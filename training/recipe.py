@@ -114,8 +114,11 @@ class Recipe(BaseModel):
     leak_budget: float | None = Field(
         None,
         gt=0,
-        description="Largest change on held-out retained prompts, as a part of the change that is wanted (Q). Training "
-        "stops at the first measurement within it that reaches residual_target; the best within it is kept.",
+        description="Largest mean change on held-out retained prompts, as a part of the change that is wanted (Q). "
+        "Training stops at the first measurement within it that reaches residual_target; the best within it is kept.",
+    )
+    worst_leak_factor: float = Field(
+        3.0, ge=1, description="How many times leak_budget the worst category or file may leak."
     )
     residual_target: float | None = Field(
         None, gt=0, le=1, description="Held-out residual R to stop at; empty: (0.5 / guidance)^2."

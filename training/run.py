@@ -21,7 +21,7 @@ from .recipe import Recipe
 from .redirect import LEAK_WEIGHT, Balance, check_separation, leak_weight_at, retained_shares
 from .reference_bank import ReferenceBank
 from .step_loss import batch_loss
-from .stop_rules import is_kept, keeps_best, shortfall, stop_reason, watched
+from .stop_rules import is_kept, keeps_best, learning_rate_factor, shortfall, stop_reason, watched
 
 _FIRST_LOSS_SCALE = 2.0**16  # torch.amp.GradScaler's
 
@@ -140,7 +140,8 @@ class TrainingRun:
         self._check_finite("gradient", totals["grad_norm"])
         if is_half:
             totals["loss_scale"] = scale
-        totals["learning_rate"] = learning_rate_at(self.recipe, self.step)
+        factor = learning_rate_factor(self.recipe, self.records)
+        totals["learning_rate"] = factor * learning_rate_at(self.recipe, self.step)
         return totals
 
     def _scaled_gradients(self, scale: float, should_stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -1,12 +1,13 @@
 """When there is no point in training on, from what the held-out pairs say; a function of the records alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .recipe import Recipe
 from .redirect import USUAL_GUIDANCE, residual_target
 
 _LIMITS = {"eval/drift": "max_drift", "eval/chosen_increase": "max_chosen_increase"}  # measurement -> recipe field
+_SETTLING, _LEAST_FACTOR = 0.7, 0.05
 
 
 def watched(recipe: Recipe) -> str:
@@ -29,10 +30,19 @@ def passed_limit(measured: dict[str, float], recipe: Recipe) -> str | None:
     return None
 
 
+def spent_budget(measured: Mapping[str, float], recipe: Recipe) -> float:
+    """Return what of the leak budget a measurement takes, of the mean or of the worst group; above 1: too much."""
+    if recipe.leak_budget is None:
+        return 0.0
+    worst = measured["eval/worst_leak"] / recipe.worst_leak_factor
+    return max(measured["eval/leak"], worst) / recipe.leak_budget
+
+
 def is_kept(measured: dict[str, float], best: float, recipe: Recipe) -> bool:
     """Whether weights with this measurement are within every limit and better than the best so far."""
-    within_budget = recipe.leak_budget is None or measured["eval/leak"] <= recipe.leak_budget
-    return within_budget and measured[watched(recipe)] < best and not passed_limit(measured, recipe)
+    return (
+        spent_budget(measured, recipe) <= 1 and measured[watched(recipe)] < best and not passed_limit(measured, recipe)
+    )
 
 
 def target_of(recipe: Recipe) -> float:
@@ -74,9 +84,23 @@ def shortfall(records: Sequence[dict[str, float]], best_step: int, recipe: Recip
     measured = [record for record in records if "eval/leak" in record]
     if not measured:
         return None
-    least = min(measured, key=lambda record: record["eval/leak"])
+    least = min(measured, key=lambda record: spent_budget(record, recipe))
     worst = max((name for name in least if name.startswith("eval/leak/")), key=lambda name: least[name])
     return (
-        f"the leak blocks: least {least['eval/leak']:.3g} (on {worst.removeprefix('eval/leak/')} prompts), budget "
-        f"{recipe.leak_budget:g}; lower learning_rate, or raise leak_weight or leak_budget"
+        f"the leak blocks: least {least['eval/leak']:.3g} on average and {least[worst]:.3g} on "
+        f"{worst.removeprefix('eval/leak/')} prompts, budget {recipe.leak_budget:g} and "
+        f"{recipe.worst_leak_factor * recipe.leak_budget:g}; lower learning_rate, or raise leak_weight or leak_budget"
     )
+
+
+def learning_rate_factor(recipe: Recipe, records: Sequence[dict[str, float]]) -> float:
+    """Return what the learning rate of the next step is multiplied by: less with every measurement that is over budget.
+
+    Only with `redirect`, and only of measurements that have reached the residual target: then nothing is left but to
+    settle, and what a noisy run leaks is in the size of its steps. In place of LBSGD's step cap (arXiv 2207.10415).
+    """
+    if not recipe.redirect:
+        return 1.0
+    target, measured = target_of(recipe), [record for record in records if "eval/leak" in record]
+    over = sum(m["eval/residual"] <= target and spent_budget(m, recipe) > 1 for m in measured)
+    return max(_LEAST_FACTOR, _SETTLING**over)

@@ -19,12 +19,13 @@ from safety_experts.training.redirect import (
     leak_weight_at,
     relative_change,
     residual_target,
+    retained_shares,
     smoothed,
 )
 from safety_experts.training.reference_bank import ReferenceBank
 from safety_experts.training.retained import PROMPTS_PER_GROUP, read_retained, retained_prompts
 from safety_experts.training.run_state import restore_state, save_state
-from safety_experts.training.stop_rules import is_kept, shortfall, stop_reason
+from safety_experts.training.stop_rules import is_kept, learning_rate_factor, shortfall, spent_budget, stop_reason
 from small_training import SmallTraining
 from tiny_models import MemoryCache, make_pair
 
@@ -105,14 +106,15 @@ def test_lambda_is_a_function_of_the_records():
 # --- stop rule ---
 
 
-def measured(residual, leak):
+def measured(residual, leak, worst=None):
     return {
         "eval/loss": 1.0,
         "eval/drift": 0.0,
         "eval/chosen_increase": 0.0,
         "eval/residual": residual,
         "eval/leak": leak,
-        "eval/leak/hate": leak,
+        "eval/worst_leak": leak if worst is None else worst,
+        "eval/leak/hate": leak if worst is None else worst,
     }
 
 
@@ -136,7 +138,44 @@ def test_without_a_feasible_measurement_the_leak_is_said_to_block():
     recipe = Recipe(**REDIRECT)
     records = [measured(0.01, 0.01), measured(0.01, 0.005)]
     assert not any(is_kept(record, 1.0, recipe) for record in records)
-    assert shortfall(records, 0, recipe).startswith("the leak blocks: least 0.005 (on hate prompts), budget 0.003")
+    assert shortfall(records, 0, recipe).startswith(
+        "the leak blocks: least 0.005 on average and 0.005 on hate prompts, budget 0.003 and 0.009"
+    )
+
+
+def test_the_budget_is_of_the_mean_and_the_worst_group_may_leak_three_times_as_much():
+    recipe = Recipe(**REDIRECT)
+    assert is_kept(measured(0.01, 0.003, worst=0.009), 1.0, recipe)
+    assert not is_kept(measured(0.01, 0.003, worst=0.0091), 1.0, recipe)
+    assert spent_budget(measured(0.01, 0.0015, worst=0.018), recipe) == pytest.approx(2.0)
+    assert spent_budget({}, Recipe(held_out_fraction=0.2)) == 0.0
+
+
+def test_steps_get_smaller_only_where_the_target_is_reached_over_budget():
+    recipe = Recipe(**REDIRECT, guidance=3.0)
+    over, early, kept = measured(0.02, 0.01), measured(0.2, 0.01), measured(0.02, 0.001)
+    assert learning_rate_factor(recipe, [early, {"loss": 1.0}, kept]) == 1.0
+    assert learning_rate_factor(recipe, [over, early, over]) == pytest.approx(0.49)
+    assert learning_rate_factor(recipe, [over] * 50) == 0.05
+    assert learning_rate_factor(recipe.model_copy(update={"redirect": False}), [over]) == 1.0
+
+
+def test_retained_rows_go_where_the_leak_is():
+    recipe = Recipe(**{**REDIRECT, "retain_by_leak": 0.75})
+    assert retained_shares(recipe, [], ["hate", "given"]) == {"hate": 0.5, "given": 0.5}
+    records = [{"eval/leak": 0.02, "eval/leak/hate": 0.03, "eval/leak/given": 0.01, "eval/leak/safe": 9.0}, {}]
+    assert retained_shares(recipe, records, ["hate", "given"]) == pytest.approx({"hate": 0.6875, "given": 0.3125})
+    assert retained_shares(recipe, records, []) == {}
+
+
+def test_shares_decide_what_is_drawn_and_equal_ones_change_nothing():
+    plan = BatchPlan([make_pair(0), make_pair(1)], MemoryCache(), Recipe(**REDIRECT, batch_size=2), RETAINED)
+    equal = dict.fromkeys(RETAINED, 1 / len(RETAINED))
+    assert all(plan.batch(n, equal).anchor_prompts == plan.batch(n).anchor_prompts for n in range(50))
+    shares = {"hate": 0.9, "given": 0.1}
+    prompts = [prompt for number in range(400) for prompt in plan.batch(number, shares).anchor_prompts]
+    hate, given = (sum(prompt in RETAINED[name] for prompt in prompts) for name in ("hate", "given"))
+    assert hate / (hate + given) == pytest.approx(0.9, abs=0.05)
 
 
 # --- in a run ---
@@ -147,9 +186,15 @@ def test_a_fresh_adapter_has_residual_one_and_no_leak(make_run, options):
     run = make_run(**{**REDIRECT, **options}, retained=RETAINED)
     for found in (run.held_out.measure(run.policy), run.held_out.measure(run.policy, is_untrained=True)):
         assert found["eval/residual"] == 1.0
-        leaks = {name: value for name, value in found.items() if name.startswith("eval/leak")}
+        leaks = {name: value for name, value in found.items() if name.startswith(("eval/leak", "eval/worst"))}
         assert set(leaks.values()) == {0.0}
-        assert {name.removeprefix("eval/leak/") for name in leaks} == {"eval/leak", "safe", "empty", *RETAINED}
+        assert {name.removeprefix("eval/leak/") for name in leaks} == {
+            "eval/leak",
+            "eval/worst_leak",
+            "safe",
+            "empty",
+            *RETAINED,
+        }
     first = run.take_step(lambda: False)
     assert first[LEAK] == 0.0 and first[RESIDUAL] > 0 and first[LEAK_WEIGHT] == 0.1
 
@@ -163,7 +208,9 @@ def test_the_unsafe_prompt_learns_to_act_as_the_safe_one(make_run):
     assert "reached within the leak budget" in run.stop_reason and run.finish() == run.step
     kept = run.held_out.measure(run.policy)
     assert kept["eval/residual"] <= 0.3 and kept["eval/leak"] <= 1.0
-    assert kept["eval/leak"] == max(value for name, value in kept.items() if name.startswith("eval/leak/"))
+    assert kept["eval/worst_leak"] == max(value for name, value in kept.items() if name.startswith("eval/leak/"))
+    mean = sum(part * kept[f"eval/leak/{name}"] for name, part in run.held_out.group_weights.items())
+    assert kept["eval/leak"] == mean and sum(run.held_out.group_weights.values()) == pytest.approx(1.0)
 
 
 def test_measurements_spread_their_noise_levels_evenly(make_run):
@@ -200,6 +247,7 @@ def test_kept_reference_predictions_change_nothing(make_run, options):
 @pytest.mark.parametrize("control", ["constant", "dual", "barrier"])
 def test_a_resumed_run_is_the_same_to_the_bit(make_run, tmp_path, stop_at, control):
     options = {**REDIRECT, "leak_control": control, "learning_rate": 1e-2, "residual_target": 1e-6}
+    options |= {"retain_by_leak": 0.75}
     straight = train(make_run(**options, retained=RETAINED))
     first = train(make_run(**options, retained=RETAINED), stop_at)
     save_state(first, tmp_path / "a.resume", {})
