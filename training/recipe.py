@@ -228,8 +228,8 @@ class Recipe(BaseModel):
             raise ValueError("redirect needs a leak_budget, say 0.003")
         if self.redirect and (self.anchor_weight or self.sft_weight or self.anchor_every > 1):
             raise ValueError("redirect has terms of its own: set anchor_weight and sft_weight to 0, anchor_every to 1")
-        if self.retain_by_leak and (self.leak_budget is None or not self.retain_fraction):
-            raise ValueError("retain_by_leak goes by measured leaks: set leak_budget, say 0.003, and retain_fraction")
+        if self.retain_by_leak and self.leak_budget is None:
+            raise ValueError("retain_by_leak goes by measured leaks: set a leak_budget, say 0.003")
         if self.anchor_samples == "noise" and (self.redirect or self.retain_fraction):
             raise ValueError("anchor_samples=noise knows no prompts to retain: use images")
         return self

@@ -274,6 +274,7 @@ def test_prompts_that_the_base_does_not_separate_are_refused(make_run):
     ("values", "message"),
     [
         ({"redirect": True}, "redirect needs a leak_budget"),
+        ({"retain_by_leak": 0.5}, "retain_by_leak goes by measured leaks"),
         ({"redirect": True, "leak_budget": 0.1}, "leak_budget watch held-out pairs"),
         ({**REDIRECT, "anchor_weight": 1.0}, "redirect has terms of its own"),
         ({**REDIRECT, "anchor_samples": "noise"}, "knows no prompts to retain"),
