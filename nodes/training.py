@@ -116,11 +116,7 @@ class SafetyExpertsTrain(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls,
-        expert_name: str | None = None,
-        category: str | None = None,
-        own_category: str | None = None,
-        retain: object = None,
+        cls, expert_name: str | None = None, category: str | None = None, own_category: str | None = None
     ) -> bool | str:
         return checks.first_problem(
             (host.fresh_expert_path, expert_name),
