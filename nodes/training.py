@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -15,14 +16,18 @@ from ..training.event_lines import also_written
 from ..training.events import StepRecord, TrainingEvents
 from ..training.family_recipes import family_mismatch, recipe_for_family
 from ..training.identity import finished_training
+from ..training.metrics import Metrics
 from ..training.recipe import Recipe, load_recipe, shipped_recipes
 from ..training.retained import groups_of_prompts
+from ..training.samples import Samples
 from ..training.trainer import TrainingStoppedError, TrainResult, resume_path, train_expert
+from ..training.watching.recorder import ALL_REQUESTS, STOP, RunRecorder, recorded
 from . import base_models, checks, host, sockets
 from .curve import TrainingPicture
 from .launch import train_in_processes
 from .native.base import NativeBase, check_base
 from .native.verification import check_loads
+from .watching import as_batch, first_and_last_samples, write_preview
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +116,11 @@ class SafetyExpertsTrain(io.ComfyNode):
                 io.LossMap.Output("loss_map", tooltip="The loss of every step, for core's Plot Loss Graph."),
                 io.String.Output("expert_name", tooltip="The file's name in the loras folders."),
                 sockets.Expert.Output("expert", tooltip="For Merge and Apply Safety Expert."),
+                io.Image.Output(
+                    "samples_before",
+                    tooltip="Drawn before training, the unsafe prompt first; for Compare Before and After, which blurs.",
+                ),
+                io.Image.Output("samples_after", tooltip="Drawn last, from the same noise; needs sample_every."),
             ],
         )
 
@@ -162,7 +172,7 @@ class SafetyExpertsTrain(io.ComfyNode):
             if expert := finished_training(earlier, recipe, dataset, base, wanted, retain=retained):
                 name = host.expert_name(earlier)
                 host.tell(node_id, f"{name} is this very training, finished: given back. To repeat it: train_again")
-                return _output(expert, host.read_losses(earlier), name)
+                return _output(expert, host.read_losses(earlier), earlier)
         stopped = host.stopped_training(path)
         if resume and stopped is None:
             raise InputError(
@@ -173,22 +183,43 @@ class SafetyExpertsTrain(io.ComfyNode):
 
         progress = host.PatientProgress(recipe.steps)
         picture = TrainingPicture(is_blurred=host.blurs_unsafe())
+        recorder = RunRecorder(
+            path,
+            recipe,
+            base=base.id.name or "",
+            dataset=host.dataset_name(dataset.folder) or "",
+            categories=[wanted] if wanted else (),
+            continues=stopped if resume else None,
+            memory=host.memory_used,
+            takes=ALL_REQUESTS if processes == 1 else [STOP],
+        )
+
+        def on_resume(records: Sequence[Metrics]) -> None:
+            picture.resume(records)
+            recorder.resume(records)
+
+        def on_samples(samples: Samples) -> None:
+            picture.add_samples(samples)
+            recorder.add_samples(samples)
 
         def on_step(record: StepRecord) -> None:
             if record.stage == "train":
                 picture.add_step(record)
+            recorder.add_step(record)
             progress.show(record.step, record.num_steps, picture.draw if record.stage == "train" else None)
 
         events = TrainingEvents(
-            on_resume=picture.resume,
+            on_resume=on_resume,
             on_step=on_step,
-            on_samples=picture.add_samples,
-            should_stop=progress.is_cancelled,
+            on_samples=on_samples,
+            on_saved=recorder.add_saved,
+            should_stop=lambda: progress.is_cancelled() or recorder.is_stopped(),
+            take_requests=recorder.take_requests,
             sample_every=sample_every,
         )
         if lines := host.told_by_command("training_events"):
             events = also_written(events, lines)
-        with host.training_on_device() as device:
+        with host.training_on_device() as device, host.running(recorder, node_id), recorded(recorder):
             try:
                 if processes > 1:
                     result = train_in_processes(
@@ -205,6 +236,7 @@ class SafetyExpertsTrain(io.ComfyNode):
                 host.tell(node_id, str(error), "warn")
                 progress.raise_cancel()
                 raise
+            recorder.end("stopped" if result.stopped else "finished", result.shortfall or "")
         host.write_metrics(path, result.records)
         if model is not None:
             check_loads(model, load_expert(path))
@@ -212,8 +244,9 @@ class SafetyExpertsTrain(io.ComfyNode):
             _say_what_is_saved(node_id, result, recipe.steps)
         if result.shortfall:
             host.tell(node_id, f"The expert falls short of its target: {result.shortfall}", "warn")
+        write_preview(path, is_blurred=host.blurs_unsafe())
         progress.raise_cancel()
-        return _output(result.expert, result.losses, host.expert_name(path))
+        return _output(result.expert, result.losses, path)
 
 
 def native_base(model, clip, vae, dataset, processes: int, node_id: str) -> NativeBase:
@@ -233,14 +266,17 @@ def native_base(model, clip, vae, dataset, processes: int, node_id: str) -> Nati
 
 def _say_what_is_saved(node_id: str, result: TrainResult, num_steps: int) -> None:
     text = (
-        f"Cancelled after {len(result.records)} of {num_steps} steps: the expert of step {result.step} is saved as "
+        f"Stopped after {len(result.records)} of {num_steps} steps: the expert of step {result.step} is saved as "
         f"{host.expert_name(result.path)}, marked as unfinished. Queue it again with `resume` on to go on"
     )
     logger.warning(text)
     host.tell(node_id, text, "warn")
 
 
-def _output(expert: Expert, losses: Sequence[float] | None, name: str) -> io.NodeOutput:
-    # Without losses what is linked to them does not run; core's plot fails on an empty curve.
+def _output(expert: Expert, losses: Sequence[float] | None, path: Path) -> io.NodeOutput:
+    # Without losses what is linked to them does not run; core's plot fails on an empty curve. So with samples.
     loss_map = {"loss": list(losses)} if losses else ExecutionBlocker(None)
-    return io.NodeOutput(expert.state_dict(), loss_map, name, expert)
+    samples = [as_batch(images) for images in first_and_last_samples(path)] or [ExecutionBlocker(None)]
+    name = host.expert_name(path)
+    shown = {"safety_experts_run": [{"run": name.removesuffix(".safetensors")}]}
+    return io.NodeOutput(expert.state_dict(), loss_map, name, expert, samples[0], samples[-1], ui=shown)

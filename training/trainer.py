@@ -8,8 +8,8 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
 from .cautions import cautions
-from .events import StepRecord, TrainingEvents
+from .events import SAMPLE, SAVE, StepRecord, TrainingEvents
 from .held_out import HeldOut, split_pairs
 from .identity import describe_training, identity_of
 from .memory import memory_errors_explained
@@ -227,6 +227,7 @@ def _loop(training: _Training, events: TrainingEvents) -> bool:
     """Take the steps; return whether `should_stop` ended them."""
     run, recipe = training.run, training.run.recipe
     stopped = False
+    asked: Collection[str] = ()
     while run.step < recipe.steps and not stopped and not run.stop_reason:
         metrics = run.take_step(events.should_stop)
         stopped = metrics is None
@@ -235,14 +236,27 @@ def _loop(training: _Training, events: TrainingEvents) -> bool:
         if metrics is not None:
             for sink in events.sinks:
                 sink.add(run.step, metrics)
-            if events.sample_every and (run.step % events.sample_every == 0 or run.step == recipe.steps):
+            asked = events.take_requests()
+            is_due = events.sample_every and (run.step % events.sample_every == 0 or run.step == recipe.steps)
+            if is_due or SAMPLE in asked:
                 events.on_samples(training.drawer.draw(run, run.step))
+            if SAVE in asked:
+                events.on_saved(_save_on_the_way(training))
             events.on_step(StepRecord("train", run.step, recipe.steps, metrics))
-        if (stopped or run.step % recipe.save_steps == 0) and 0 < run.step < recipe.steps:
+        if (stopped or SAVE in asked or run.step % recipe.save_steps == 0) and 0 < run.step < recipe.steps:
             save_state(run, training.state_path, identity_of(training.info))
     if run.bank:
         run.bank.flush()
     return stopped
+
+
+def _save_on_the_way(training: _Training) -> Path:
+    """Save the expert as it is, marked as unfinished, beside the one that this training is going to write."""
+    run = training.run
+    path = training.out_path.with_name(f"{training.out_path.stem}step_{run.step}.safetensors")
+    with run.weights(run.average):
+        save_expert(replace(_expert_of(training, run.step, finished=False), name=path.stem), path)
+    return path
 
 
 # --- finish ---

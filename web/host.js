@@ -98,6 +98,17 @@ export function addSidebarTab(tab) {
   app.extensionManager.registerSidebarTab({ type: "custom", ...tab });
 }
 
+/** Return a tab of the bottom panel, whose element `make` gives when it is first opened. */
+export function addPanel(id, title, make) {
+  let element = null;
+  return { id, title, type: "custom", render: (container) => container.replaceChildren((element ??= make())) };
+}
+
+/** Call `handler` when the theme has changed. */
+export function onTheme(handler) {
+  new MutationObserver(handler).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+}
+
 /** Open a tab of the side bar, or close the open one. */
 export function toggleSidebarTab(id) {
   app.extensionManager.command.execute(`Workspace.ToggleSidebarTab.${id}`);

@@ -13,6 +13,7 @@ from .messages import show_text, tell
 from .own_writes import own_writes
 from .progress import PatientProgress, Progress, stop_if_cancelled
 from .prompt_files import UNSAFE_FILE_SUFFIXES, prompt_file, prompt_files
+from .runs import Runs, memory_used, running
 from .settings import blurs_unsafe
 from .training_files import earlier_experts, read_losses, stopped_training, write_metrics
 
@@ -20,6 +21,7 @@ __all__ = [
     "UNSAFE_FILE_SUFFIXES",
     "PatientProgress",
     "Progress",
+    "Runs",
     "base_checkpoint",
     "blurs_unsafe",
     "checkpoint_names",
@@ -41,12 +43,14 @@ __all__ = [
     "judge_files",
     "judge_folders",
     "judge_path",
+    "memory_used",
     "import_source",
     "own_writes",
     "open_checkpoint",
     "prompt_file",
     "prompt_files",
     "read_losses",
+    "running",
     "show_text",
     "stop_if_cancelled",
     "stopped_training",

@@ -12,9 +12,8 @@ Every path below `PREFIX`:
 
 import asyncio
 import contextlib
-import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,33 +21,17 @@ from typing import Any, Protocol
 import pydantic
 from aiohttp import web
 
-from ...errors import InputError, SafetyExpertsError
+from ...errors import InputError
 from ..dataset import PreferenceDataset
 from ..records import PreferencePair, Review
-from .requests import Refused, check_same_origin
+from .answers import guarded, page_file, parameter, read_body
+from .requests import Refused
 from .thumbnails import FORMATS, make_veil, read_thumbnail
 
 PREFIX = "/safety_experts/review"
 
-_log = logging.getLogger(__name__)
 _PAGE = Path(__file__).resolve().parents[2] / "web" / "review"
-_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".mjs": "text/javascript", ".svg": "image/svg+xml"}
-_MAX_BODY_BYTES = 4096
-_MAX_PARAMETER = 1024
 _MAX_OPEN = 4
-_HEADERS = {
-    # Unsafe pictures and prompts stay out of the browser's cache on disk.
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
-    ),
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
-
-Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class Library(Protocol):
@@ -91,32 +74,12 @@ _DECISION = pydantic.TypeAdapter(_Decision)
 def add_review_routes(routes: web.RouteTableDef, library: Library) -> None:
     """Put the page's routes into a table."""
     review = _ReviewRoutes(library)
-    routes.get(f"{PREFIX}/")(_guarded(review.page))
-    routes.get(f"{PREFIX}/page/{{name}}")(_guarded(review.page_file))
-    routes.get(f"{PREFIX}/datasets")(_guarded(review.datasets))
-    routes.get(f"{PREFIX}/pairs")(_guarded(review.pairs))
-    routes.get(f"{PREFIX}/image")(_guarded(review.image))
-    routes.post(f"{PREFIX}/review")(_guarded(review.decide))
-
-
-def _guarded(handler: Handler) -> Handler:
-    """Refuse foreign requests, turn errors into JSON, and put the safety headers on every answer."""
-
-    async def answer(request: web.Request) -> web.Response:
-        try:
-            check_same_origin(request)
-            response = await handler(request)
-        except Refused as refusal:
-            response = web.json_response({"error": str(refusal)}, status=refusal.status)
-        except InputError as error:
-            response = web.json_response({"error": str(error)}, status=400)
-        except SafetyExpertsError as error:
-            _log.error("review: %s", error)
-            response = web.json_response({"error": str(error)}, status=500)
-        response.headers.update(_HEADERS)
-        return response
-
-    return answer
+    routes.get(f"{PREFIX}/")(guarded(review.page))
+    routes.get(f"{PREFIX}/page/{{name}}")(guarded(review.page_file))
+    routes.get(f"{PREFIX}/datasets")(guarded(review.datasets))
+    routes.get(f"{PREFIX}/pairs")(guarded(review.pairs))
+    routes.get(f"{PREFIX}/image")(guarded(review.image))
+    routes.post(f"{PREFIX}/review")(guarded(review.decide))
 
 
 class _ReviewRoutes:
@@ -126,36 +89,27 @@ class _ReviewRoutes:
         self._lock = threading.Lock()  # around every use of a dataset: a decision rewrites its list of pairs
 
     async def page(self, request: web.Request) -> web.Response:
-        return _page_file("index.html")
+        return page_file(_PAGE, "index.html")
 
     async def page_file(self, request: web.Request) -> web.Response:
-        return _page_file(request.match_info["name"])
+        return page_file(_PAGE, request.match_info["name"])
 
     async def datasets(self, request: web.Request) -> web.Response:
         return web.json_response({"datasets": await asyncio.to_thread(self._library.names)})
 
     async def pairs(self, request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(self._describe_pairs, _parameter(request, "dataset")))
+        return web.json_response(await asyncio.to_thread(self._describe_pairs, parameter(request, "dataset")))
 
     async def image(self, request: web.Request) -> web.Response:
-        name, pair_id, side, size = (_parameter(request, key) for key in ("dataset", "id", "side", "size"))
+        name, pair_id, side, size = (parameter(request, key) for key in ("dataset", "id", "side", "size"))
         if side not in ("chosen", "rejected") or size not in ("full", "thumbnail", "veil"):
             raise Refused(400, "side is chosen or rejected, size is full, thumbnail or veil")
         body, content_type = await asyncio.to_thread(self._read_image, name, pair_id, side, size)
         return web.Response(body=body, content_type=content_type)
 
     async def decide(self, request: web.Request) -> web.Response:
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "send a decision as application/json")
-        body = await request.content.read(_MAX_BODY_BYTES + 1)
-        while body and len(body) <= _MAX_BODY_BYTES and (more := await request.content.read(_MAX_BODY_BYTES + 1)):
-            body += more
-        if len(body) > _MAX_BODY_BYTES:
-            raise Refused(413, f"a decision is at most {_MAX_BODY_BYTES} bytes")
-        try:
-            decision = _DECISION.validate_json(body)
-        except pydantic.ValidationError:
-            raise Refused(400, "a decision is {dataset, id, review: accepted, flipped, dropped or null}") from None
+        what = "a decision is {dataset, id, review: accepted, flipped, dropped or null}"
+        decision = await read_body(request, _DECISION, what)
         # Shielded: a closed tab cancels the request, not the writing.
         await asyncio.shield(asyncio.to_thread(self._write, decision))
         return web.json_response({"id": decision.id, "review": decision.review})
@@ -195,21 +149,6 @@ class _ReviewRoutes:
     def _write(self, decision: _Decision) -> None:
         with self._dataset(decision.dataset) as dataset:
             dataset.set_review(decision.id, decision.review)
-
-
-def _parameter(request: web.Request, name: str) -> str:
-    values = request.query.getall(name, [])
-    if len(values) != 1 or not 0 < len(values[0]) <= _MAX_PARAMETER or not values[0].isprintable():
-        raise Refused(400, f"the request needs one {name}")
-    return values[0]
-
-
-def _page_file(name: str) -> web.Response:
-    # Looked up in a list, so a name cannot lead anywhere.
-    path = next((path for path in _PAGE.iterdir() if path.name == name and path.suffix in _PAGE_TYPES), None)
-    if path is None:
-        raise Refused(404, "the review page has no such file")
-    return web.Response(body=path.read_bytes(), content_type=_PAGE_TYPES[path.suffix], charset="utf-8")
 
 
 def _describe(pair: PreferencePair) -> dict[str, Any]:
