@@ -118,7 +118,7 @@ class SafetyExpertsTrain(io.ComfyNode):
                 sockets.Expert.Output("expert", tooltip="For Merge and Apply Safety Expert."),
                 io.Image.Output(
                     "samples_before",
-                    tooltip="Drawn before training, the unsafe prompt first; for Compare Before and After, which blurs.",
+                    tooltip="Drawn before training, the unsafe prompt first; Compare Before and After blurs it.",
                 ),
                 io.Image.Output("samples_after", tooltip="Drawn last, from the same noise; needs sample_every."),
             ],

@@ -90,7 +90,7 @@ export function settingOf(id) {
 }
 
 export function isDark() {
-  return document.body.classList.contains("dark-theme");
+  return document.querySelector("html.dark-theme, body.dark-theme") !== null;
 }
 
 /** Add a tab to the side bar; `render` fills its element when it is opened, `destroy` is called when it is closed. */
@@ -101,12 +101,18 @@ export function addSidebarTab(tab) {
 /** Return a tab of the bottom panel, whose element `make` gives when it is first opened. */
 export function addPanel(id, title, make) {
   let element = null;
-  return { id, title, type: "custom", render: (container) => container.replaceChildren((element ??= make())) };
+  const render = (container) => {
+    container.style.cssText += "; height: 100%; overflow: hidden";
+    container.replaceChildren((element ??= make()));
+  };
+  return { id, title, type: "custom", render };
 }
 
 /** Call `handler` when the theme has changed. */
 export function onTheme(handler) {
-  new MutationObserver(handler).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+  const observer = new MutationObserver(handler);
+  for (const element of [document.documentElement, document.body])
+    observer.observe(element, { attributes: true, attributeFilter: ["class"] });
 }
 
 /** Open a tab of the side bar, or close the open one. */
@@ -120,6 +126,12 @@ export function addButton(node, label, onClick) {
   button.serialize = false;
   button.options.serialize = false;
   return button;
+}
+
+/** Leave away the live picture of a node that shows the same in a widget of its own. */
+export function hideLivePicture(node) {
+  node.hideOutputImages = true; // Nodes 2.0
+  Object.defineProperty(node, "imgs", { get: () => undefined, set: () => {} }); // on the canvas
 }
 
 /** Call `handler(node, output)` with what nodes of a type show after they ran. */

@@ -1,9 +1,9 @@
 // The training panel in ComfyUI: in the Train node, and as a tab of the bottom panel. What it is made of is loaded when
 // a panel is first shown (web/training/).
-import { addPanel, isDark, onEvent, onExecuted, onTheme, register, settingOf, urlOf } from "./host.js";
+import { addPanel, hideLivePicture, isDark, onEvent, onExecuted, onTheme, register, settingOf, urlOf } from "./host.js";
 
 const NODE = "SafetyExpertsTrain";
-const HEIGHT_PX = 460;
+const [WIDTH_PX, HEIGHT_PX] = [400, 450];
 const open = new Set(); // the panels there are
 
 /** Return an element that becomes a panel. */
@@ -58,6 +58,8 @@ register({
     const holder = makePanel("node", (runs) => runOf(node, runs));
     node.safetyPanel = holder;
     node.addDOMWidget("training", "safety-run", holder, { serialize: false, getMinHeight: () => HEIGHT_PX });
+    node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1]]);
+    hideLivePicture(node);
     const { onRemoved } = node;
     node.onRemoved = function () {
       onRemoved?.call(this);

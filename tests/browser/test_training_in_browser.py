@@ -18,7 +18,7 @@ from safety_experts.experts.expert_file import load_expert
 
 STEPS = 400  # more than it takes: the panel stops it
 OVERRIDES = (
-    f"steps={STEPS}\nbatch_size=2\nanchor_weight=0\nsft_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
+    f"steps={STEPS}\nbatch_size=1\nanchor_weight=0\nsft_weight=0\nschedule=constant\nsave_steps=1000\nprecision=fp32\n"
 )
 
 
@@ -52,11 +52,9 @@ def training() -> Graph:
         category="all",
         recipe_name="toy",
         expert_name="watched",
-        sample_every=5,
+        sample_every=3,
     )
-    graph.add(
-        "SafetyExpertsCompare", before=(node, 4), after=(node, 5), unsafe_side="before"
-    )
+    graph.add("SafetyExpertsCompare", before=(node, 4), after=(node, 5), unsafe_side="before")
     return graph
 
 
@@ -85,23 +83,29 @@ def test_the_panel_is_used_while_training_and_after_a_reload(server, frontend):
     frontend.open_api_graph(training(), "training")
     frontend.press_run()
     node = page.locator(".safety-run.node")
-    wait_for(node, r"step [3-9]\d* of 400, \d+:\d\d left, .* GiB on cpu")
-    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    wait_for(node, r"step [1-9]\d* of 400, \d+:\d\d left, .* GiB on cpu")
     keep(frontend, "training_node_dark_1366")
 
     page.reload()
     frontend.wait_until_ready()
     frontend.open_api_graph(training(), "training")
     said = wait_for(page.locator(".safety-run.node"), r"step \d+ of 400, .* left")
-    assert int(re.search(r"step (\d+)", said)[1]) > 3
+    assert int(re.search(r"step (\d+)", said)[1]) >= 1
 
-    page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.safety-experts-training')")
+    page.evaluate(
+        "() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.safety-experts-training')"
+    )
     panel = page.locator(".safety-run.panel")
     wait_for(panel, r"step \d+ of 400")
     plot = panel.locator(".u-over").first
     plot.hover(position={"x": 20, "y": 10})
     assert re.search(r"step \d+: [\d.]+, smoothed [\d.]+", panel.locator("figcaption").first.inner_text())
+    wait_for(panel, r"step ([3-9]|\d\d+) of 400")
     keep(frontend, "training_panel_dark_1366")
+    page.set_viewport_size({"width": 1920, "height": 1080})
+    page.evaluate("async () => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
+    page.wait_for_function("() => document.querySelector('.safety-run.panel.light')")
+    keep(frontend, "training_panel_light_1920")
 
     panel.locator("[data-request=save]").click()
     wait_for(panel, r"saved watched_00001_step_\d+\.safetensors")
@@ -109,9 +113,11 @@ def test_the_panel_is_used_while_training_and_after_a_reload(server, frontend):
     assert samples.evaluate("image => getComputedStyle(image).filter").startswith("blur")
     panel.get_by_role("button", name="All steps").click()
     rows = panel.locator(".matrix tbody tr").count()
-    assert rows >= 2  # before training, and step 5
+    assert rows >= 2  # before training, and step 3
     panel.locator("[data-request=sample]").click()
-    page.wait_for_function(f"() => document.querySelectorAll('.panel .matrix tbody tr').length > {rows}", timeout=60_000)
+    page.wait_for_function(
+        f"() => document.querySelectorAll('.panel .matrix tbody tr').length > {rows}", timeout=60_000
+    )
     panel.locator("[data-request=stop]").click()
     wait_for(panel, r"^stopped, step \d+ of 400, took")
 

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import urllib.error
+import urllib.request
 
 import graphs
 import numpy as np
@@ -347,3 +349,39 @@ def test_a_truncated_image_is_named(server, dataset):
         image.write_bytes(original)
         (folder / "metadata.jsonl").touch()
     server.run(graph)
+
+
+def test_stop_and_keep_gives_the_graph_the_expert_and_its_samples(server, dataset):
+    """As the panel's buttons do it: by the route, while it trains."""
+    graph, node = _train(dataset, "kept", steps=500, sample_every=500)
+    shown = graph.add("PreviewAny", source=(node, 2))
+    pictures = [graph.add("SaveImage", images=(node, slot), filename_prefix="sample") for slot in (4, 5)]
+    asked: list[str] = []
+
+    def ask_after_a_few_steps(node_id: str, value: int, total: int) -> None:
+        due = {1: "sample", 2: "save", 3: "stop"}.get(len(asked) + 1)
+        if node_id == node and total == 500 and value >= 2 + len(asked) and due:
+            ask(server, {"run": "kept_00001_", "request": due})
+            asked.append(due)
+
+    entry = server.wait(server.queue(graph), on_progress=ask_after_a_few_steps)
+    assert asked == ["sample", "save", "stop"]
+    assert entry["outputs"][shown]["text"] == ["kept_00001_.safetensors"]
+    assert all(len(entry["outputs"][node]["images"]) == 2 for node in pictures)
+    assert entry["outputs"][node]["safety_experts_run"] == [{"run": "kept_00001_"}]
+    with urllib.request.urlopen(f"{server.url}/safety_experts/run/state?run=kept_00001_&since=0") as answer:
+        state = json.loads(answer.read())
+    assert (state["is_active"], state["state"], len(state["prompts"])) == (False, "stopped", 2)
+    assert len(state["metrics"]) == state["step"] >= 4 and state["metrics"][0]["loss"] > 0
+    assert [name for name in state["saved"]] == [path.name for path in _expert_path(server, "").glob("kept_*_step_*")]
+    assert [step for step, _ in state["samples"]][0] == 0 and len(state["samples"]) == 2
+    assert _expert_path(server, "kept_00001_.preview.png").is_file()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(server, {"run": "kept_00001_", "request": "stop"})
+    assert refused.value.code == 409
+
+
+def ask(server, body: dict) -> None:
+    headers = {"Content-Type": "application/json"}
+    url = f"{server.url}/safety_experts/run/ask"
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).close()
