@@ -3,7 +3,7 @@
 import { addPanel, hideLivePicture, isDark, onEvent, onExecuted, onTheme, register, settingOf, urlOf } from "./host.js";
 
 const NODE = "SafetyExpertsTrain";
-const [WIDTH_PX, HEIGHT_PX] = [400, 450];
+const [WIDTH_PX, HEIGHT_PX] = [320, 310];
 const open = new Set(); // the panels there are
 
 /** Return an element that becomes a panel. */

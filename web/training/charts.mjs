@@ -121,7 +121,7 @@ export class Charts {
       const [, values, smoothed, heldOut] = plot.data;
       const at = index ?? values.length - 1;
       const text = (value) => (value == null ? "–" : String(+value.toPrecision(3)));
-      const parts = [`${text(values[at])}`, `smoothed ${text(smoothed[at])}`];
+      const parts = [text(values[at]), `smoothed ${text(smoothed[at])}`];
       const last = heldOut.findLastIndex((value, place) => value != null && place <= at);
       if (last >= 0) parts.push(`held out ${text(heldOut[last])}`);
       caption.textContent = curve.title;
@@ -135,7 +135,7 @@ export class Charts {
     for (const { plot, box, caption } of this.charts) {
       const width = box.clientWidth;
       const height = box.clientHeight - caption.offsetHeight;
-      if (width > 60 && height > 50) plot.setSize({ width, height });
+      if (width > 60 && height > 30) plot.setSize({ width, height });
     }
   }
 }
