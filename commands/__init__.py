@@ -31,6 +31,7 @@ COMMANDS = (
     "convert",
     "extract",
     "inspect",
+    "card",
     "reproduce",
     "residual",
     "prefill",

@@ -123,6 +123,13 @@ def expert_metadata(expert: Expert) -> dict[str, str]:
         "ss_new_sd_model_hash": base.sha256 or None,
         "modelspec.architecture": architecture,
     }
+    if expert.info.categories:
+        what = ", ".join(expert.info.categories)
+        optional["modelspec.description"] = f"Safety expert: turns a model away from {what}"
+        optional["modelspec.tags"] = f"safety, {what}"
+        optional["modelspec.usage_hint"] = "LoRA at strength 1"
+    if expert.info.parents:
+        optional["modelspec.merged_from"] = ", ".join(parent.name for parent in expert.info.parents)
     if trained:
         optional |= {"ss_seed": trained.seed, "ss_steps": trained.step}
         optional |= {"ss_learning_rate": trained.recipe.get("learning_rate")}

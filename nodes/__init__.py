@@ -21,7 +21,7 @@ from .recipes import SafetyExpertsRecipe
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
 from .training import SafetyExpertsTrain
 from .verifying import SafetyExpertsTrainVerifier, SafetyExpertsVerifyImages
-from .watching import register_run_page
+from .watching import register_pages
 from .writing import SafetyExpertsWritePairs
 
 
@@ -32,7 +32,7 @@ class SafetyExpertsExtension(ComfyExtension):
         host.end_with_the_command()
         register_review_page()
         register_report_page()
-        register_run_page()
+        register_pages()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes = [

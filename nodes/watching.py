@@ -6,29 +6,45 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..evaluation.card_numbers import first_numbers
+from ..experts.card import CardNumber
 from ..files import write_atomically
+from ..training.watching.card_routes import add_card_routes
+from ..training.watching.cards import PREVIEW_SUFFIX, pictures_of
 from ..training.watching.routes import add_run_routes
-from ..training.watching.run_files import sample_path, sample_steps
+from ..training.watching.run_files import sample_path
 from . import host, pictures
 
-PREVIEW_SUFFIX = ".preview.png"  # as LoRA managers look for it, beside the expert
 _CELL_PX = 256
 
 
-def register_run_page() -> None:
-    """Put the page into the running server; without one (a program that only imports the nodes) do nothing."""
+def register_pages() -> None:
+    """Put the run page and the experts' cards into the running server; a program that only imports has none."""
     from server import PromptServer
 
     if server := getattr(PromptServer, "instance", None):
         add_run_routes(server.routes, host.Runs())
+        add_card_routes(server.routes, _Experts(), _numbers_of)
+
+
+class _Experts:
+    """ComfyUI's loras folders, as the page of experts asks for them."""
+
+    def names(self) -> list[str]:
+        return host.expert_names()
+
+    def path(self, name: str) -> Path:
+        return host.expert_path(name)
+
+
+def _numbers_of(sha256: str) -> list[CardNumber]:
+    return first_numbers(host.evaluation_folders(), sha256)
 
 
 def first_and_last_samples(expert: Path) -> list[list[Image.Image]]:
     """Return what was drawn first and last in the training of an expert, by prompt, the unsafe one first."""
-    steps = sample_steps(expert)
     return [
-        [_read(sample_path(expert, step, number)) for number in range(count)]
-        for step, count in dict.fromkeys([*steps[:1], *steps[-1:]])
+        [_read(sample_path(expert, step, number)) for number in range(count)] for step, count in pictures_of(expert)
     ]
 
 

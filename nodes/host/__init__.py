@@ -4,7 +4,7 @@ from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, cli
 from .command import end_with_the_command, told_by_command
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
-from .evaluations import evaluation_folder
+from .evaluations import evaluation_folder, evaluation_folders
 from .experts import expert_name, expert_names, expert_path, fresh_expert_path
 from .file_state import file_state
 from .import_sources import import_source
@@ -34,6 +34,7 @@ __all__ = [
     "earlier_experts",
     "end_with_the_command",
     "evaluation_folder",
+    "evaluation_folders",
     "expert_name",
     "expert_names",
     "expert_path",

@@ -22,3 +22,10 @@ def evaluation_folder(name: str) -> Path:
     if folder == root.resolve():
         raise InputError("evaluation_name is empty: give the evaluation a name such as my_evaluation")
     return folder
+
+
+def evaluation_folders() -> list[Path]:
+    """Return the folders of finished evaluations, the newest first."""
+    root = Path(folder_paths.get_system_user_directory("safety_experts")) / "evaluations"
+    reports = sorted(root.glob("*/report.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [report.parent for report in reports]

@@ -19,15 +19,13 @@ import pydantic
 from aiohttp import web
 
 from ...errors import InputError
-from ...files import open_plain, refuse_link
 from ...preferences.reviewing.answers import count, guarded, page_file, parameter, read_body
 from ...preferences.reviewing.requests import Refused
 from .recorder import RunRecorder
-from .run_files import describe_run, read_state, run_folder, sample_path
+from .run_files import describe_run, read_png, read_state, sample_path
 
 PREFIX = "/safety_experts/run"
 _PAGE = Path(__file__).resolve().parents[2] / "web" / "training"
-_PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_RUNS = 100
 _MOST = 10**9 - 1
 
@@ -116,18 +114,10 @@ class _RunRoutes:
         return {"name": name, "is_active": recorder is not None, "takes": takes, "waiting": waiting, **described}
 
     def _read_sample(self, name: str, step: int, number: int) -> bytes:
-        expert = self._expert(name)
-        path = sample_path(expert, step, number)
         try:
-            refuse_link(run_folder(expert))
-            refuse_link(path.parent)
-            with open_plain(path) as file:
-                data = file.read()
+            return read_png(sample_path(self._expert(name), step, number))
         except OSError:
             raise Refused(404, "there is no such sample") from None
-        if not data.startswith(_PNG):
-            raise InputError(f"{path.name} is no PNG picture; remove it")
-        return data
 
     def _expert(self, name: str) -> Path:
         try:

@@ -18,6 +18,7 @@ from ...errors import InputError
 from ...files import open_plain, refuse_link
 from ...typed import FileRecord, Text, parse_json, read_record
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _SAMPLE = re.compile(r"(\d{6,9})-(\d{1,3})\.png")
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _MAX_STATE_BYTES = 1 << 20
@@ -130,6 +131,23 @@ def _short(value: float) -> float | None:
     except OverflowError:
         return None
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def read_png(path: Path) -> bytes:
+    """Return the bytes of a PNG picture, never through a link.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is no PNG picture.
+    """
+    if path.parent.name == "samples":
+        refuse_link(path.parent)
+        refuse_link(path.parent.parent)
+    with open_plain(path) as file:
+        data = file.read()
+    if not data.startswith(_PNG):
+        raise InputError(f"{path.name} is no PNG picture; remove it")
+    return data
 
 
 def sample_steps(expert: Path) -> list[tuple[int, int]]:
