@@ -12,7 +12,7 @@ from .info import Converted, Extracted, Merged, Origin, Protected, Trained
 
 LICENCE_NOTE = (
     "The weights change a base model and are used with it only: its licence and acceptable-use terms go on holding. "
-    "The licence of the pictures and prompts that the expert was trained on is not in this file; who shares it states it."
+    "The licence of the pictures and prompts that the expert was trained on is not in this file; who shares it says."
 )
 # What the models of a family are called on hubs, as far as there is one.
 _BASES = {

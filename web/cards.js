@@ -3,7 +3,7 @@ import { addButton, addSidebarTab, isDark, onExecuted, register, settingOf, togg
 
 const TAB = "safety-experts-cards";
 const NODE = "SafetyExpertsLoad";
-const HEIGHT_PX = 104;
+const [WIDTH_PX, HEIGHT_PX] = [320, 110];
 
 let frame = null; // of the open tab
 let wanted = {}; // the query of the page when it is opened next
@@ -63,7 +63,8 @@ register({
     addButton(node, "Open card", () => open(nameOf(node)));
     node.cardHolder = document.createElement("div");
     node.cardHolder.style.cssText = "width: 100%; overflow: hidden";
-    node.addDOMWidget("card", "safety-card", node.cardHolder, { serialize: false, getMinHeight: () => HEIGHT_PX });
+    node.addDOMWidget("card", "safety-card", node.cardHolder, { serialize: false, getMinHeight: () => 0 });
+    node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1] + HEIGHT_PX]); // one of a saved workflow keeps its own
     const changed = node.onWidgetChanged;
     node.onWidgetChanged = function () {
       changed?.apply(this, arguments);

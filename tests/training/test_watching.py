@@ -174,10 +174,10 @@ def port(shelf):
     thread.join()
 
 
-def send(port: int, method: str, path: str, body: bytes = b"", **headers: str):
+def send(port: int, method: str, path: str, body: bytes = b"", prefix: str = PREFIX, **headers: str):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     given = {"Host": f"127.0.0.1:{port}"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request(method, f"{PREFIX}/{path}", body, given)
+    connection.request(method, f"{prefix}/{path}", body, given)
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read()
 
