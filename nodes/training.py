@@ -276,7 +276,7 @@ def _say_what_is_saved(node_id: str, result: TrainResult, num_steps: int) -> Non
 def _output(expert: Expert, losses: Sequence[float] | None, path: Path) -> io.NodeOutput:
     # Without losses what is linked to them does not run; core's plot fails on an empty curve. So with samples.
     loss_map = {"loss": list(losses)} if losses else ExecutionBlocker(None)
-    samples = [as_batch(images) for images in first_and_last_samples(path)] or [ExecutionBlocker(None)]
+    samples: list[object] = [as_batch(images) for images in first_and_last_samples(path)] or [ExecutionBlocker(None)]
     name = host.expert_name(path)
     shown = {"safety_experts_run": [{"run": name.removesuffix(".safetensors")}]}
     return io.NodeOutput(expert.state_dict(), loss_map, name, expert, samples[0], samples[-1], ui=shown)

@@ -1,6 +1,7 @@
 """CoProV2: the CSV with `u_` and `s_` images of the paper's repository, and the parquet of its Hugging Face sets."""
 
 import csv
+import dataclasses
 import functools
 import io
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,12 @@ from .folders import copy_image
 from .format import OUR_FIELDS, Format, FoundPair, Source, image_file, number_names, our_fields, with_our_fields
 from .parquet import RowGroups, image_of, text_of
 
+_CSV = "train.csv"
+
 
 def _read(source: Source) -> Iterator[FoundPair]:
+    if (source.path / _CSV).is_file():  # the folder of an export
+        source = dataclasses.replace(source, path=source.path / _CSV)
     if source.path.suffix.lower() == ".csv":
         return _read_csv(source)
     return _read_parquet(source)
@@ -79,7 +84,7 @@ def _write(dataset: PreferenceDataset, pairs: Sequence[PreferencePair], folder: 
         for category in pair.categories or ("",):
             writer.writerow((pair.prompt, f"images/u_idx_{name}_0.png", category, our_fields(pair)))
             writer.writerow((pair.safe_prompt, f"images/s_idx_{name}_0.png", category, our_fields(pair)))
-    (folder / "train.csv").write_text(text.getvalue(), encoding="utf-8", newline="")
+    (folder / _CSV).write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 FORMAT = Format(
