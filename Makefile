@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## every test, on a real ComfyUI too, then lint (ARGS="-k me
 
 check: $(INSTALLED) lint  ## formatting, lint, types, and the tests that need no ComfyUI: a minute
 	MYPYPATH="$$(cat $(COMFYUI))" $(BIN)/mypy .
-	TMPDIR="$(MEMORY)" OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist loadfile \
+	TMPDIR="$(MEMORY)" OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --dist worksteal \
 		-o tmp_path_retention_policy=failed -m "not comfyui and not slow" $(ARGS)
 
 format: $(INSTALLED)  ## put the code into the house format

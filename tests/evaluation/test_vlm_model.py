@@ -30,6 +30,7 @@ def question(tmp_path) -> str:
     return server.requests[0][1]["messages"][0]["content"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_model_that_learned_to_see_judges_pictures_it_never_saw(tmp_path, question):
     folder = small_vlm.write_vlm(tmp_path / "vlm", question)
     pictures, marks = zip(*(draw(100_000 + number) for number in range(20)), strict=True)
