@@ -12,7 +12,8 @@ from safety_experts.demo.comfyui import ComfyServer
 
 RECORD = Path(__file__).parent / "node_schemas.json"
 # Filled from folders and from ComfyUI itself.
-NOT_OURS = {"checkpoint", "sampler_name", "scheduler", "expert_name", "dataset_name", "file", "folder", "vectors"}
+NOT_OURS = {"checkpoint", "sampler_name", "scheduler", "expert_name", "dataset_name"}
+NOT_OURS |= {"file", "folder", "vectors", "head", "heads"}
 WORDS = {"tooltip", "placeholder", "advanced", "display_name", "multiline", "multiselect"}
 
 
