@@ -199,7 +199,7 @@ def test_a_native_training_cancelled_at_random_steps_says_what_is_saved(server, 
 
         text = next(text for text in toasts(frontend, name, f"{name}_00001_") if name in text)
 
-        taken = int(re.search(rf"Cancelled after (\d+) of {steps} steps", text).group(1))
+        taken = int(re.search(rf"Stopped after (\d+) of {steps} steps", text).group(1))
         assert at <= taken < steps and "marked as unfinished" in text and "`resume` on to go on" in text
         assert (server.base_directory / "output" / "loras" / f"{name}_00001_.resume").is_file()
 
@@ -219,7 +219,7 @@ def test_a_finished_training_queued_again_is_given_back_with_a_message_on_the_sc
     (text,) = toasts(frontend, "again", "is this very training, finished")
 
     assert "done_00001_.safetensors" in text and "train_again" in text
-    assert [path.name for path in expert.parent.glob("*.safetensors")] == [expert.name]
+    assert [path.name for path in expert.parent.glob("done_*.safetensors")] == [expert.name]
 
 
 @pytest.mark.parametrize("name", ["1_build_preference_dataset", "2_train_expert", "3_merge_and_apply"])
