@@ -55,7 +55,6 @@ def main() -> None:
                 tried = {"python": python, "comfyui": comfyui, "machine": machine(), "date": today()}
                 tried |= attempt(options, Path(interpreter), Path(tree), Path(packed["zip"]))
                 write(packed, tried)
-        shutil.rmtree(options.work / "venv", ignore_errors=True)
 
 
 def today() -> str:
@@ -88,11 +87,11 @@ def attempt(options: argparse.Namespace, interpreter: Path, tree: Path, archive:
     """Install into a bare ComfyUI and use it; `problem` says where it ended, if it did."""
     venv, base = options.work / "venv", options.work / "base"
     python = venv / "bin" / "python"
-    shutil.rmtree(base, ignore_errors=True)
+    for folder in (base, venv):
+        shutil.rmtree(folder, ignore_errors=True)
     result: dict[str, Any] = {"problem": None}
     try:
-        if not python.exists():
-            run([options.uv, "venv", "--quiet", "--seed", "--python", str(interpreter), str(venv)])
+        run([options.uv, "venv", "--quiet", "--seed", "--python", str(interpreter), str(venv)])
         requirements = ["--requirement", str(tree / "requirements.txt")]
         run([options.uv, "pip", "install", "--quiet", "--python", str(python), *options.torch.split(), *requirements])
         before = versions(python)
