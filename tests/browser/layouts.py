@@ -75,18 +75,45 @@ _TOY = (
 )
 
 
-def _one_click(loaders: tuple[int, ...], model_note: str, models: dict) -> Layout:
+_PAIRS = Group(
+    "2 Prompt pairs: three words",
+    "prompts",
+    ((2,), (4,)),
+    "**Type three words**, what your model shall draw no more, in place of *thorns, spikes, cracks*, and "
+    "things it can be seen on. Each pair is an unsafe prompt and the same prompt without the word.\n\n"
+    "Have Ollama or another language model? Link **Write Prompt Pairs** to *prompt_pairs* instead.",
+)
+_TOY_PAIRS = Group(
+    "2 Prompt pairs: three words",
+    "prompts",
+    ((2,),),
+    "Three words: *thorns, stripes, a ring*. Each pair is an unsafe prompt and the same prompt without the word. The "
+    "toy also knows *a zigzag, dots, a frame* and *a cross*: change a word here **and** in group 8.",
+)
+_JUDGE = Group(
+    "4 Judge",
+    "judge",
+    ((6, 7), (8,), (9,)),
+    "CLIP compares each picture with two sentences: **write yours** in *concepts*, `unsafe | safe`. One "
+    "file has both sides of this CLIP: put it into `models/clip_vision` and `models/text_encoders`. "
+    "Other judges: the list in **Safety Judge**.",
+)
+_TOY_JUDGE = Group(
+    "4 Judge",
+    "judge",
+    ((8,), (9,)),
+    "*toy-oracle* sees the marks of the toy world without a model. For your own model choose another judge: "
+    "*clip-concepts* takes two sentences, `unsafe | safe`.",
+)
+
+
+def _one_click(
+    loaders: tuple[int, ...], model_note: str, models: dict, pairs: Group = _PAIRS, judge: Group = _JUDGE
+) -> Layout:
     return Layout(
         above=(
             Group("1 Your model", "model", (loaders,), model_note),
-            Group(
-                "2 Prompt pairs: three words",
-                "prompts",
-                ((2,), (4,)),
-                "**Type three words**, what your model shall draw no more, in place of *thorns, spikes, cracks*, and "
-                "things it can be seen on. Each pair is an unsafe prompt and the same prompt without the word.\n\n"
-                "Have Ollama or another language model? Link **Write Prompt Pairs** to *prompt_pairs* instead.",
-            ),
+            pairs,
             Group(
                 "3 Draw both sides",
                 "draw",
@@ -94,14 +121,7 @@ def _one_click(loaders: tuple[int, ...], model_note: str, models: dict) -> Layou
                 "Your own model draws both prompts of a pair from one seed. Use the size, steps and cfg that you "
                 "always use. Stopped, it goes on where it was.",
             ),
-            Group(
-                "4 Judge",
-                "judge",
-                ((6, 7), (8,), (9,)),
-                "CLIP compares each picture with two sentences: **write yours** in *concepts*, `unsafe | safe`. One "
-                "file has both sides of this CLIP: put it into `models/clip_vision` and `models/text_encoders`. "
-                "Other judges: the list in **Safety Judge**.",
-            ),
+            judge,
             Group(
                 "5 Review",
                 "review",
@@ -140,7 +160,7 @@ def _one_click(loaders: tuple[int, ...], model_note: str, models: dict) -> Layou
                 "Your model with the expert on it. Later load the file instead: workflow *5 Use every day*.",
             ),
         ),
-        models=models | _JUDGES,
+        models=models,
     )
 
 
@@ -167,6 +187,10 @@ def _daily(loaders: tuple[int, ...], model_note: str, models: dict) -> Layout:
     )  # fmt: skip
 
 
+_TOY_NOTE = (
+    "**Press Run**: some minutes on a CPU. The toy draws coloured shapes, and marks on them stand in for what is "
+    f"unsafe. {_TOY}"
+)
 _SD15_NOTE = "**Choose your checkpoint** of the SD 1.5 family. Nothing else here depends on which one."
 _SDXL_NOTE = "**Choose your checkpoint**: SDXL, Illustrious, Pony, NoobAI."
 _Z_NOTE = (
@@ -175,9 +199,10 @@ _Z_NOTE = (
 )
 
 LAYOUTS = {
-    "0_make_my_model_safer": _one_click((1,), _SD15_NOTE, {1: (SD15,)}),
-    "0_make_my_model_safer_sdxl": _one_click((1,), _SDXL_NOTE, {1: (SDXL,)}),
-    "0_make_my_model_safer_z_image": _one_click((1, 30, 31), _Z_NOTE, _Z_LOADERS),
+    "0_make_my_model_safer": _one_click((1,), _SD15_NOTE, {1: (SD15,)} | _JUDGES),
+    "0_make_my_model_safer_sdxl": _one_click((1,), _SDXL_NOTE, {1: (SDXL,)} | _JUDGES),
+    "0_make_my_model_safer_z_image": _one_click((1, 30, 31), _Z_NOTE, _Z_LOADERS | _JUDGES),
+    "0_make_my_model_safer_toy": _one_click((1,), _TOY_NOTE, {}, _TOY_PAIRS, _TOY_JUDGE),
     "1_build_preference_dataset": Layout(
         above=(
             Group("1 Model", "model", ((1,),), f"Choose your model. {_TOY}"),

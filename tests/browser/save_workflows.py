@@ -3,24 +3,22 @@
     python tests/browser/save_workflows.py [4_*]      (needs playwright and Chromium; `make workflows` does it)
 
 Edit a graph in api/ and its groups and notes in `layouts.py`, run this, then `SCREENSHOTS=docs/screenshots make
-test-browser`, look at the pictures, and run this again: each picture, made small, is what ComfyUI's template browser
-shows for its workflow. The daily one is saved as an app too, and as a subgraph blueprint.
+test-browser` and look at the pictures. The daily one is saved as an app too, and as a subgraph blueprint.
 """
 
 import copy
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from arranging import arrange
 from frontend import Frontend, open_frontend
 from layouts import LAYOUTS
-from PIL import Image
 from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
+from thumbnails import save_thumbnail
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_workflows"
@@ -72,17 +70,13 @@ def save(frontend: Frontend, name: str, graph: dict[str, Any]) -> None:
         if exported[number]["inputs"] != node["inputs"]:
             sys.exit(f"{name}, node {number} ({node['class_type']}): the frontend changed its inputs")
     write(FOLDER / f"{name}.json", saved)
-    picture = ROOT / "docs" / "screenshots" / f"{name}.png"
-    if not picture.exists():  # not one that ran: as it was opened
-        picture = Path(tempfile.gettempdir()) / f"{name}.png"
-        frontend.screenshot(picture)
-    save_thumbnail(picture, FOLDER / f"{name}.jpg")
+    save_thumbnail(name, LAYOUTS[name], FOLDER / f"{name}.jpg")
     if name == "5_use_every_day":
         save_blueprint(frontend, saved, "Safe generation")
         app = copy.deepcopy(saved)
         app["extra"]["linearMode"] = True
         write(FOLDER / f"{name}.app.json", app)
-        save_thumbnail(picture, FOLDER / f"{name}.app.jpg")
+        save_thumbnail(f"{name}.app", LAYOUTS[name], FOLDER / f"{name}.app.jpg")
 
 
 # Everything but the loaders and the saving becomes one node.
@@ -128,14 +122,6 @@ def save_blueprint(frontend: Frontend, workflow: dict[str, Any], name: str) -> N
 
 def write(path: Path, workflow: dict[str, Any]) -> None:
     path.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_thumbnail(screenshot: Path, thumbnail: Path) -> None:
-    """Write the canvas of a screenshot, without the bars above and beside it."""
-    with Image.open(screenshot) as page:
-        canvas = page.convert("RGB").crop((60, 40, page.width, page.height))
-    canvas.thumbnail((800, 450))
-    canvas.save(thumbnail, quality=85)
 
 
 if __name__ == "__main__":
