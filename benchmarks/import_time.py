@@ -2,9 +2,9 @@
 
 Also how much JavaScript the browser loads with the page, and how much only when a panel or a card is opened.
 
-Each measurement is a fresh process that has loaded ComfyUI and its built-in nodes, as the server has by then. Bytecode is
-cached, as Python does unless PYTHONDONTWRITEBYTECODE says otherwise; the first start after an install, which compiles
-every file, is told apart.
+Each measurement is a fresh process that has loaded ComfyUI and its built-in nodes, as the server has by then. Bytecode
+is cached, as Python does unless PYTHONDONTWRITEBYTECODE says otherwise; the first start after an install, which
+compiles every file, is told apart.
 """
 
 import argparse
