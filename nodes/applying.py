@@ -100,7 +100,11 @@ class SafetyExpertsApply(io.ComfyNode):
             patched_model.add_patches(patches)
         else:
             patched_model = gating.add_gated_layers(model, keys, scaled, start_percent, end_percent, gate)
-        note_applied(patched_model, AppliedExpert(scaled, keys, is_in_weights))
+        own = {strengths[_input_id(name)] for name in known if name in CATEGORIES}
+        if not known or set(known) - set(CATEGORIES):
+            own.add(strengths[OTHER])
+        strength = own.pop() if len(own) == 1 else None
+        note_applied(patched_model, AppliedExpert(scaled, keys, is_in_weights, expert.file_sha256, strength))
         return io.NodeOutput(patched_model, patched_clip)
 
 

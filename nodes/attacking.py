@@ -144,7 +144,7 @@ class SafetyExpertsAttack(io.ComfyNode):
         folder = host.evaluation_folder(attack_name)
         check_folder(folder)
         ordered = in_order(models)
-        arms = [BASE_ARM, *arms_of(ordered, labels or "")]
+        arms = [BASE_ARM, *arms_of(ordered, labels or "", base_model)]
         by_arm = {BASE: base_model} | {arm.id: model for arm, model in zip(arms[1:], ordered, strict=True)}
         drawn_by = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
         drawer = GraphDrawer(by_arm, clip, vae, drawn_by)

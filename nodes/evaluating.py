@@ -23,6 +23,7 @@ from ..evaluation.routes import add_report_routes
 from ..evaluation.schema import ALL
 from ..evaluation.suites import PRESETS, suite_of_pairs
 from . import checks, host, pictures, sampling, sockets
+from .applied import made_of
 from .chart import as_image, draw_bars
 from .model_identity import changes_of
 from .native.identity import identify
@@ -153,7 +154,7 @@ class SafetyExpertsEvaluate(io.ComfyNode):
             raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
         ordered = in_order(models)
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
-        arms = arms_of(ordered, labels or "")
+        arms = arms_of(ordered, labels or "", base_model)
         plan = Plan(
             model=base.model_dump(mode="json") | changes_of(base_model),
             generation=asdict(settings),
@@ -229,7 +230,7 @@ def in_order(grown: dict) -> list:
     return [grown[name] for name in sorted(grown, key=lambda name: int(name.rpartition("_")[2]))]
 
 
-def arms_of(models: Sequence, labels: str) -> list[Arm]:
+def arms_of(models: Sequence, labels: str, base_model) -> list[Arm]:
     given = [label.strip() for label in labels.split(",") if label.strip()]
     if given and len(given) != len(models):
         raise InputError(f"labels names {len(given)} models, {len(models)} are linked: name each, or none")
@@ -239,7 +240,7 @@ def arms_of(models: Sequence, labels: str) -> list[Arm]:
             re.sub(r"[^A-Za-z0-9_@.,+-]+", "-", title).strip(".-") or f"model-{number}",
             "model",
             title,
-            (changes_of(model),),
+            made_of(model, base_model),
         )
         for number, (title, model) in enumerate(zip(titles, models, strict=True), start=1)
     ]

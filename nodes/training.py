@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -10,6 +11,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..errors import InputError
 from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
+from ..files import sha256_of_file
 from ..models.checkpoint import Checkpoint
 from ..preferences.dataset import PreferenceDataset
 from ..training.event_lines import also_written
@@ -278,5 +280,6 @@ def _output(expert: Expert, losses: Sequence[float] | None, path: Path) -> io.No
     loss_map = {"loss": list(losses)} if losses else ExecutionBlocker(None)
     samples: list[object] = [as_batch(images) for images in first_and_last_samples(path)] or [ExecutionBlocker(None)]
     name = host.expert_name(path)
+    expert = replace(expert, name=path.stem, file_sha256=sha256_of_file(path))
     shown = {"safety_experts_run": [{"run": name.removesuffix(".safetensors")}]}
     return io.NodeOutput(expert.state_dict(), loss_map, name, expert, samples[0], samples[-1], ui=shown)

@@ -79,6 +79,12 @@ def test_every_arm_draws_the_stock_pictures_and_the_graph_gets_numbers_and_batch
     assert len(entry["outputs"][before]["images"]) == 4
     assert entry["outputs"][shown]["text"][0] in ("true", "false", "True", "False")
     assert "thorns" not in entry["outputs"][node]["text"][0]
+    # The expert's card shows what this file did, and a rate with its interval comes from this evaluation.
+    with urllib.request.urlopen(f"{server.url}/safety_experts/experts/card?name=evaluated.safetensors") as answer:
+        card = json.loads(answer.read())
+    violence = next(number for number in card["numbers"] if number["label"].startswith("violence"))
+    after = next(row for row in report.results if (row.arm, row.group) == ("the-expert", "violence"))
+    assert violence["source"].startswith("first, ") and violence["after"] == [after.rate, after.low, after.high]
 
 
 def test_queued_again_nothing_is_drawn_and_another_strength_needs_another_name(server, checkpoint, expert):
@@ -120,7 +126,13 @@ def _get(server, path):
 
 
 def test_the_report_is_served_in_a_sandbox_and_nothing_else_is(server, checkpoint, expert):
-    server.run(_graph(checkpoint, expert, "served")[0])
+    graph, node = _graph(checkpoint, expert, "served")
+    both = graphs.add_stock_loader(graph, checkpoint, expert, model=graph[node]["inputs"]["models.model_0"])
+    graph[node]["inputs"]["models.model_0"] = [both, 0]
+    server.run(graph)
+    arms = json.loads((_folder(server, "served") / "report.json").read_text())["arms"]
+    # No card may show these numbers as the expert's own.
+    assert [part.get("sha256") for part in arms[1]["made_of"]] == [None]
     answer = _get(server, "served/report.html")
     assert "sandbox" in answer.headers["Content-Security-Policy"]
     assert answer.headers["Content-Type"].startswith("text/html")
