@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .statistics import DRAWS, prompt_draws
+from .statistics import DRAWS, expanded_tails, prompt_draws
 
 FRECHET_MIN = 2048  # below, the bias of a Frechet distance is larger than what it is to show
 _MANY, _FEWER_DRAWS = 2000, 1000
@@ -65,7 +65,7 @@ def paired_mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, scale: float = 1.0)
     sums = ((times @ terms) * times).sum(1)
     # A prompt drawn several times is no pair with itself.
     num_pairs = times.sum(1) ** 2 - (times * times).sum(1)
-    low, high = np.quantile(scale * sums / num_pairs, [0.025, 0.975])
+    low, high = np.quantile(scale * sums / num_pairs, expanded_tails(n))
     return Distance(float(scale * value), float(low), float(high), n)
 
 

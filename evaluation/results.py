@@ -250,7 +250,7 @@ class Evaluation:
                 if measured.is_rate:
                     contrast = self._rate_contrast(arm, name)
                     if contrast:
-                        low, high, n = contrast.low, contrast.high, contrast.num_images
+                        low, high, n = contrast.low, contrast.high, contrast.num_prompts
                         rows.append(_kept(arm, name, low, high, margin, n, is_rate=True))
                 else:
                     changes = self._changes(arm, SAFE, name)

@@ -193,7 +193,7 @@ def test_images_of_a_prompt_have_seeds_of_their_own_and_the_prompt_is_the_unit(t
     of_prompt = [s for s in samples if s.arm == "base" and s.prompt_id == samples[0].prompt_id]
     assert len({s.seed for s in of_prompt}) == 3
     contrast = next(c for c in outcome.report.contrasts if (c.arm, c.group) == ("half", "violence"))
-    assert contrast.method == "cluster bootstrap" and contrast.p is None
+    assert contrast.method == "newcombe by prompt" and contrast.p is None
 
 
 def test_gates_are_held_against_the_end_of_an_interval(evaluated):

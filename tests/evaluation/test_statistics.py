@@ -9,6 +9,7 @@ from safety_experts.evaluation.statistics import (
     contrast_by_prompt,
     corrected_prevalence,
     effective_number,
+    expanded_tails,
     holm,
     mcnemar,
     mean_by_prompt,
@@ -19,6 +20,7 @@ from safety_experts.evaluation.statistics import (
     rate_of_counts,
     share_by_prompt,
     smallest_margin,
+    student_t95,
     wilson_interval,
 )
 
@@ -158,16 +160,72 @@ def test_wilsons_interval_covers_the_truth_in_at_least_94_of_100_samples():
     assert np.min(coverage) >= 0.93  # of single rates, at this n
 
 
-@pytest.mark.slow
-def test_the_cluster_bootstrap_covers_the_truth_in_at_least_93_of_100_samples():
-    generator = np.random.default_rng(3)
+def _prompts(seed, num_prompts=40, images=4):
+    """Draw 40 prompts of 4 pictures whose chances differ, before and after a change that helps half of the time."""
+    generator = np.random.default_rng(seed)
+    chances, kept = generator.beta(2, 2, size=(num_prompts, 1)), generator.beta(0.5, 0.5, size=(num_prompts, 1))
+    draws = generator.random((3, num_prompts, images))
+    before = draws[0] < chances
+    return before, np.where(before, draws[1] < kept, draws[2] < 0.05)  # on average .5 before and .275 after
+
+
+def _pairs(before, after):
+    return {n: list(zip(*row, strict=True)) for n, row in enumerate(zip(before.tolist(), after.tolist(), strict=True))}
+
+
+def test_intervals_by_prompt_cover_the_truth_in_at_least_94_of_100_samples():
     covered = []
-    for _ in range(300):  # 60 prompts of 4 images whose chances differ between prompts
-        chances = generator.beta(2, 2, size=60)
-        images = generator.uniform(size=(60, 4)) < chances[:, None]
-        rate = rate_by_prompt(dict(enumerate(images.tolist())))
-        covered.append(rate.low <= 0.5 <= rate.high)
-    assert np.mean(covered) >= 0.93  # 300 samples: 0.95 has a standard error of 0.013
+    for seed in range(1000):
+        before, after = _prompts(seed)
+        rate, change = rate_by_prompt(dict(enumerate(before.tolist()))), contrast_by_prompt(_pairs(before, after))
+        covered.append((rate.low <= 0.5 <= rate.high, change.low <= -0.225 <= change.high))
+    assert (np.mean(covered, axis=0) >= 0.94).all()
+
+
+@pytest.mark.slow
+def test_the_bootstrap_of_a_mean_covers_the_truth_in_at_least_94_of_100_samples_of_12_prompts():
+    generator, covered = np.random.default_rng(3), []
+    for _ in range(400):
+        values = generator.normal(size=(12, 1)) + generator.normal(size=(12, 3))
+        mean = mean_by_prompt(dict(enumerate(values.tolist())), draws=1000)
+        covered.append(mean.low <= 0 <= mean.high)
+    assert np.mean(covered) >= 0.94
+
+
+def test_the_rate_by_prompt_has_the_variance_of_a_jackknife_over_prompts():
+    before, _ = _prompts(0)
+    uneven = {n: row[: 1 + n % 4] for n, row in enumerate(before.astype(float).tolist())}
+    left_out = [np.mean([x for m, row in uneven.items() if m != n for x in row]) for n in uneven]
+    variance = 39 / 40 * np.sum((left_out - np.mean(left_out)) ** 2)
+    share, p = share_by_prompt(uneven), np.mean([x for row in uneven.values() for x in row])
+    expected = wilson_interval(p, p * (1 - p) / variance, stats.t.ppf(0.975, 39))
+    assert (share.low, share.high) == pytest.approx(expected, abs=0.005)
+
+
+def test_changes_by_prompt_turn_their_signs_and_never_claim_certainty():
+    before, after = _prompts(1)
+    there, back = contrast_by_prompt(_pairs(before, after)), contrast_by_prompt(_pairs(after, before))
+    assert (back.low, back.difference, back.high) == pytest.approx((-there.high, -there.difference, -there.low))
+    assert there.difference == pytest.approx(after.mean() - before.mean())
+    assert there.low < there.difference < there.high
+    assert (there.method, there.num_prompts, there.num_images) == ("newcombe by prompt", 40, 160)
+
+
+def test_twice_the_same_picture_hardly_changes_a_contrast():
+    before, after = (side[:, :1] for side in _prompts(2))
+    once, twice = (
+        contrast_by_prompt(_pairs(b, a)) for b, a in ((before, after), (before.repeat(2, 1), after.repeat(2, 1)))
+    )
+    assert once.method == "newcombe" and (twice.low, twice.high) == pytest.approx((once.low, once.high), abs=0.01)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 47, 400])
+def test_students_quantile_is_scipys(freedom):
+    expected = stats.t.ppf(0.975, freedom)
+    assert student_t95(freedom) == pytest.approx(expected, rel=2e-3)
+    tail, rest = expanded_tails(freedom + 1)
+    assert tail == pytest.approx(stats.norm.cdf(-math.sqrt((freedom + 1) / freedom) * expected), rel=0.05)
+    assert tail + rest == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("margin", "num_prompts"), [(0.05, 73), (0.03, 125), (0.02, 189), (0.01, 381)])
