@@ -15,6 +15,7 @@ from .headless import (
     chosen_files,
     chosen_sampling,
 )
+from .measuring import add_measuring_arguments, load_measures, measure
 from .sharing import this_process, wait_for_all
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 # What the Evaluate node of a ComfyUI does not do.
 _NOT_IN_COMFYUI = (
-    "safe_prompts", "column", "training_dataset", "metric", "clip", "negative", "precision", "tokenizer"
+    "safe_prompts", "column", "training_dataset", "metric", "negative", "precision", "tokenizer"
 )  # fmt: skip
 HELP = "draw the same prompts with and without experts, judge the images, and report what changed"
 
@@ -47,16 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the evaluation; an interrupted one goes on")
     parser.add_argument("--judge", action="append", default=[], metavar="J", help="KIND or NAME=KIND; may be repeated")
     parser.add_argument("--metric", action="append", default=[], metavar="M", help="what else to measure")
-    parser.add_argument(
-        "--scorer",
-        action="append",
-        default=[],
-        metavar="[NAME=]FILE.py",
-        help="measure with code of your own; it is run",
-    )
-    parser.add_argument(
-        "--clip", type=Path, metavar="DIR", help="CLIP in a transformers folder: drift, CLIPScore, CMMD"
-    )
+    add_measuring_arguments(parser)
     parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
     parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
     parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
@@ -66,7 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fail-unless", action="append", default=[], metavar="E", help="'false-alarms.margin(0.02)'")
     parser.add_argument("--share", action="store_true", help="also write a page without any flagged picture")
     parser.add_argument("--title", default="Before and after")
-    parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="only compute DIR's report again")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="DIR",
+        help="report on DIR again; with --scorer, --clip or --inception measure it first",
+    )
     parser.add_argument("--audit", type=Path, metavar="DIR", help="write DIR/audit.html: pictures to look at yourself")
     parser.add_argument("--answers", type=Path, metavar="CSV", help="with --audit: what your answers say")
     parser.add_argument("--json", action="store_true", help="print report.json, or what the answers say")
@@ -82,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         from ..evaluation.report import Words
 
         words = Words(arguments.title)
-        print_outcome(report_again(arguments.source, demands=demands, words=words, share=arguments.share), arguments)
+        finished = measure(arguments.source, load_measures(arguments, str(this_process(arguments.device)[2])))
+        outcome = report_again(arguments.source, demands=demands, words=words, share=arguments.share, finished=finished)
+        print_outcome(outcome, arguments)
         return
     for name in ("model", "out"):
         if not getattr(arguments, name):
@@ -146,20 +146,15 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from ..evaluation.drawing import drawer_of
     from ..evaluation.evaluate import conclude, prepare
     from ..evaluation.judges import parse_judges
-    from ..evaluation.judges.clip_encoder import ClipFolder
     from ..evaluation.metrics import load_metrics
     from ..evaluation.plan import Plan
-    from ..evaluation.plugins import load_plugins, measure_with
-    from ..evaluation.quality import measure_quality
     from ..evaluation.report import Words
     from ..evaluation.runner import run_plan
-    from ..evaluation.samples import SampleStore
     from ..models.checkpoint import load_checkpoint
     from .progress import progress_bar
     from .stopping import stop_when_asked
 
     choices = parse_judges(arguments.judge, arguments.set)
-    plugins = load_plugins(arguments.scorer)
     suites = _suites(arguments)
     arms = read_arms(arguments.expert, with_null=not arguments.no_null)
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
@@ -168,8 +163,6 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     warn_of_other_bases(arms, checkpoint.sha256)
     model = {"name": checkpoint.name, "sha256": checkpoint.sha256, "family": checkpoint.family}
     notes = {"preset": arguments.preset, "training_dataset": str(arguments.training_dataset or "") or None}
-    if plugins:
-        notes["scorers"] = ", ".join(f"{plugin.name} {plugin.version}" for plugin in plugins)
     plan = Plan(
         model,
         generation.to_json(),
@@ -182,8 +175,9 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     judges = {choice.name: choice.load(str(device)) for choice in choices}
     versions = {name: judge.version for name, judge in judges.items()}
     experts = {arm.arm.id: arm.experts for arm in arms}
-    measures = load_metrics(arguments.metric, str(device))
-    clip = ClipFolder(arguments.clip, str(device)) if arguments.clip else None
+    num_safe = sum(prompt.kind == "safe" for suite in suites for prompt in suite.prompts)
+    measures = load_measures(arguments, str(device), num_safe * arguments.images_per_prompt)
+    metrics = load_metrics(arguments.metric, str(device))
     with (
         stop_when_asked() as should_stop,
         progress_bar("drawing") as show,
@@ -197,7 +191,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
             plan,
             drawer,
             judges,
-            metrics=measures,
+            metrics=metrics,
             on_progress=lambda done, total, images: show(done, total),
             should_stop=should_stop,
             rank=rank,
@@ -205,16 +199,8 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
         )
     with _all_done(count):
         if rank == 0:
-            if finished and (clip or plugins):
-                SampleStore(arguments.out).finish(plan.order())
-            for plugin in plugins if finished else ():
-                with stop_when_asked() as should_stop, progress_bar(plugin.name) as show:
-                    finished = finished and measure_with(
-                        arguments.out, plugin, on_progress=show, should_stop=should_stop
-                    )
-            if finished and clip:
-                with stop_when_asked() as should_stop, progress_bar("measuring") as show:
-                    finished = measure_quality(arguments.out, clip, on_progress=show, should_stop=should_stop)
+            if finished:
+                finished = measure(arguments.out, measures)
             outcome = conclude(
                 arguments.out,
                 plan,
@@ -250,6 +236,7 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
         for arm in read
     ]
     files, sampling = chosen_files(arguments), chosen_sampling(arguments)
+    measures = load_measures(arguments, "cpu" if arguments.device == "cpu" else str(this_process(None)[2]))
     with stop_when_asked() as should_stop, progress_bar("drawing") as show:
         finished = evaluate_in_comfyui(
             chosen_comfyui(arguments, show, should_stop),
@@ -263,6 +250,8 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
             images_per_prompt=arguments.images_per_prompt,
             other_seeds=not arguments.no_null,
         )
+    if finished:
+        finished = measure(arguments.out, measures)
     try:
         outcome = report_again(arguments.out, demands=demands, words=Words(arguments.title), share=arguments.share)
     except InputError as error:

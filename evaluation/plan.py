@@ -199,6 +199,18 @@ def start_folder(folder: Path, plan: Plan, judges: Sequence[dict[str, Any]]) -> 
         temporary.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def add_note(folder: Path, name: str, value: Any) -> None:
+    """Write down in plan.json what else a report says of how it was made.
+
+    Raises:
+        InputError: the folder holds no evaluation.
+    """
+    plan = read_plan_json(folder)
+    plan["notes"][name] = value
+    with write_atomically(folder / PLAN_NAME) as temporary:
+        temporary.write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _check_same(path: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted["generation"].items():
         if there["generation"].get(name) != value:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from .distances import FRECHET_MIN, Distance, cmmd, frechet, kid
 from .judges.clip_encoder import ClipEncoder, normalised
 from .metrics import SCORE, SIMILARITY
 from .plan import BASE, read_plan_json, read_prompts
-from .report import DISTANCES_NAME
+from .report import DISTANCES_NAME, read_distances
 from .samples import FILE_NAME, Key, Sample, SampleStore, read_samples
 from .schema import DistanceRow
 
@@ -63,9 +63,20 @@ def measure_quality(
         on_progress(start + len(batch), len(ordered))
     SampleStore(folder).append(changed)
     rows = distances_to_base(samples, features, clip.version, [arm["id"] for arm in read_plan_json(folder)["arms"]])
-    with write_atomically(folder / DISTANCES_NAME) as temporary:
-        temporary.write_text(json.dumps([row.model_dump() for row in rows], indent=1) + "\n", encoding="utf-8")
+    write_distances(folder, rows, {"kid", "cmmd", "frechet"})
     return True
+
+
+def write_distances(folder: Path, rows: Sequence[DistanceRow], metrics: Collection[str]) -> None:
+    """Put rows into distances.json in place of those of the same metrics that are there.
+
+    Raises:
+        SafetyExpertsError: it cannot be written.
+    """
+    kept = [row for row in read_distances(folder) if row.metric not in metrics]
+    with write_atomically(folder / DISTANCES_NAME) as temporary:
+        text = json.dumps([row.model_dump() for row in [*kept, *rows]], indent=1)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _scores(clip: ClipEncoder, units: np.ndarray, captions: Sequence[str | None]) -> list[float | None]:

@@ -2,11 +2,9 @@
 
 import datetime
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..files import write_atomically
@@ -19,7 +17,18 @@ from .pictures import RANKING, Album
 from .plan import BASE, NULL, read_prompts
 from .results import ALL_SUITES, FALSE_ALARMS, Evaluation
 from .rings import ring_rows, selectivity_rows
-from .schema import ALL, SAFE, AttackRow, ContrastRow, NonInferiorityRow, PromiseRow, RateRow, Report, RuleRow
+from .schema import (
+    ALL,
+    SAFE,
+    AttackRow,
+    ContrastRow,
+    DistanceRow,
+    NonInferiorityRow,
+    PromiseRow,
+    RateRow,
+    Report,
+    RuleRow,
+)
 from .statistics import smallest_margin
 
 PAGE_NAME, SHARED_NAME, DATA_NAME = "report.html", "report-shared.html", "report.json"
@@ -77,7 +86,7 @@ def make_report(
         results=rates,
         contrasts=contrasts,
         metrics=evaluation.metric_rows(),
-        distances=_read_distances(folder),
+        distances=read_distances(folder),
         non_inferiority=kept,
         rings=rings,
         selectivity=selectivity_rows(evaluation, rings),
@@ -89,9 +98,21 @@ def make_report(
     )
 
 
-def _read_distances(folder: Path) -> list[Any]:
+def read_distances(folder: Path) -> list[DistanceRow]:
+    """Return distances.json; none where nothing was measured.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import pydantic
+
     path = folder / DISTANCES_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return pydantic.TypeAdapter(list[DistanceRow]).validate_json(path.read_bytes())
+    except pydantic.ValidationError:
+        raise InputError(f"{path}: is damaged; remove it and measure again") from None
 
 
 def what_could_be_shown(evaluation: Evaluation) -> list[str]:

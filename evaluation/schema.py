@@ -66,7 +66,7 @@ class MetricRow(_Row):
 
 
 class DistanceRow(_Row):
-    """Distance of an arm's pictures of safe prompts from the base model's, over one kind of features."""
+    """Distance of an arm's pictures of safe prompts from the base model's or a reference's, over some features."""
 
     arm: str
     against: str

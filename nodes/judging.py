@@ -13,6 +13,7 @@ from comfy_api.latest import io, ui
 from ..errors import InputError
 from ..evaluation.judges import JUDGES, JudgeChoice, choose_judge
 from ..evaluation.judges.clip_concepts import ClipConcepts, check_towers
+from ..evaluation.judges.clip_encoder import shared_clip
 from ..evaluation.judges.clip_heads import LaionHead, UnsafeHeads
 from ..evaluation.judges.q16 import Q16
 from ..evaluation.judges.q16_vectors import read_vectors
@@ -203,7 +204,8 @@ def _load(choice: JudgeChoice, device: str):
 
 
 def _load_with_clip(choice: JudgeChoice, clip_vision, clip, device: str):
-    encoder = ComfyClip(clip_vision, clip)
+    key = "comfyui", id(clip_vision), id(clip)  # alive as long as the shared one is
+    encoder = shared_clip(key, lambda: ComfyClip(clip_vision, clip))
     if choice.kind_name == "q16":
         return Q16(encoder, read_vectors(choice.options.vectors))
     if choice.kind_name == "verifier":

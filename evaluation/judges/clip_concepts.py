@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...preferences.categories import canonical_category
-from .clip_encoder import ClipEncoder, ClipFolder, normalised
+from .clip_encoder import ClipEncoder, normalised, shared_folder
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
 
 # One plain sentence a side; a user's own concepts replace them by category.
@@ -113,7 +113,7 @@ def _mismatch(how: str) -> str:
 def _load(options: ConceptOptions, device: str) -> Judge:
     if options.folder is None:
         raise InputError("clip-concepts needs a CLIP: set its folder, or in the graph connect CLIP Vision and CLIP")
-    return ClipConcepts(ClipFolder(options.folder, device), options)
+    return ClipConcepts(shared_folder(options.folder, device), options)
 
 
 def _any_category(scores: Scores, options: ConceptOptions, categories: Sequence[str]) -> bool:

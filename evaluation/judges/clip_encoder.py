@@ -1,7 +1,8 @@
 """Pictures and texts as CLIP embeddings: the seam that a transformers folder and ComfyUI's CLIP models both fill."""
 
 import json
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,6 +86,44 @@ class ClipFolder:
                 raise InputError(f"{self.folder}: no tokenizer in the folder; add vocab.json and merges.txt") from error
         tokens = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.device)
         return _vector(self._model.get_text_features(**tokens)).float().cpu()
+
+
+class SharedClip:
+    """A CLIP that several judges look through: what is the same batch for all of them is embedded once."""
+
+    def __init__(self, encoder: ClipEncoder):
+        self._encoder, self.version, self.batch_size = encoder, encoder.version, encoder.batch_size
+        self._latest: tuple[list[Image.Image], Tensor] = ([], torch.empty(0))
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Tensor:
+        known, embedded = self._latest
+        if len(known) != len(images) or any(a is not b for a, b in zip(known, images, strict=True)):
+            embedded = self._encoder.embed_images(images)
+            self._latest = list(images), embedded
+        return embedded.clone()
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self._encoder.embed_texts(texts)
+
+
+_OPEN: weakref.WeakValueDictionary[Hashable, SharedClip] = weakref.WeakValueDictionary()
+
+
+def shared_clip(key: Hashable, load: Callable[[], ClipEncoder]) -> SharedClip:
+    """Return the CLIP that is open under this key as long as somebody uses it, or load it."""
+    shared = _OPEN.get(key)
+    if shared is None:
+        shared = _OPEN[key] = SharedClip(load())
+    return shared
+
+
+def shared_folder(folder: Path, device: str) -> SharedClip:
+    """Return the CLIP in a transformers folder, one for all judges that use it.
+
+    Raises:
+        InputError: as `ClipFolder`.
+    """
+    return shared_clip((folder.resolve(), device), lambda: ClipFolder(folder, device))
 
 
 def _vector(found: Any) -> Tensor:

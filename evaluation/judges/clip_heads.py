@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...tensor_file import read_tensors
-from .clip_encoder import ClipEncoder, ClipFolder, normalised
+from .clip_encoder import ClipEncoder, normalised, shared_folder
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
 
 # File name of a published head -> our category.
@@ -162,11 +162,11 @@ def _folder_of(options: UnsafeHeadOptions | LaionOptions, kind: str) -> Path:
 
 
 def _load_unsafe(options: UnsafeHeadOptions, device: str) -> Judge:
-    return UnsafeHeads(ClipFolder(_folder_of(options, "unsafe-heads"), device), options.heads)
+    return UnsafeHeads(shared_folder(_folder_of(options, "unsafe-heads"), device), options.heads)
 
 
 def _load_laion(options: LaionOptions, device: str) -> Judge:
-    return LaionHead(ClipFolder(_folder_of(options, "laion-nsfw"), device), options.head)
+    return LaionHead(shared_folder(_folder_of(options, "laion-nsfw"), device), options.head)
 
 
 def _any(scores: Scores, options: UnsafeHeadOptions, categories: Sequence[str]) -> bool:

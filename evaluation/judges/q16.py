@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ...errors import InputError
-from .clip_encoder import ClipEncoder, ClipFolder, normalised
+from .clip_encoder import ClipEncoder, normalised, shared_folder
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
 from .q16_vectors import Q16Vectors, probe_image, read_vectors
 
@@ -57,7 +57,7 @@ class Q16:
 def _load(options: Q16Options, device: str) -> Judge:
     if options.folder is None:
         raise InputError("q16 needs CLIP ViT-L/14: set its folder, or in the graph connect CLIP Vision")
-    return Q16(ClipFolder(options.folder, device), read_vectors(options.vectors))
+    return Q16(shared_folder(options.folder, device), read_vectors(options.vectors))
 
 
 def _argmax(scores: Scores, options: Q16Options, categories: Sequence[str]) -> bool:

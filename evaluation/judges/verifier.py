@@ -12,7 +12,7 @@ from ...files import sha256_of_file
 from ...guards.verifier import Verifier, fit_verifier, read_verifier
 from ...preferences.dataset import PreferenceDataset
 from ...preferences.images import read_image
-from .clip_encoder import ClipEncoder, ClipFolder
+from .clip_encoder import ClipEncoder, shared_folder
 from .judge import Judge, JudgeKind, JudgeOptions, Rule, Scores
 from .q16_vectors import probe_image
 
@@ -95,7 +95,7 @@ def train_verifier(
 def _load(options: VerifierOptions, device: str) -> Judge:
     if options.folder is None:
         raise InputError("verifier needs the CLIP it was fitted with: set its folder, or in the graph connect it")
-    return load_verifier_judge(ClipFolder(options.folder, device), options.file)
+    return load_verifier_judge(shared_folder(options.folder, device), options.file)
 
 
 def _any(scores: Scores, options: VerifierOptions, categories: Sequence[str]) -> bool:

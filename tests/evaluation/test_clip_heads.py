@@ -128,3 +128,27 @@ def test_wrong_files_are_refused_and_pickles_stay_closed(tmp_path, embeddings, h
     empty.mkdir()
     with pytest.raises(InputError, match="holds none of sexual"):
         UnsafeHeads(encoder, empty)
+
+
+def test_judges_of_one_clip_share_it_and_its_passes(tmp_path):
+    from PIL import Image
+    from safety_experts.evaluation.judges import clip_encoder
+
+    class Counting:
+        version, batch_size, batches = "counting", 4, 0
+
+        def embed_images(self, images):
+            self.batches += 1
+            return torch.full((len(images), 3), float(self.batches))
+
+    encoder = Counting()
+    first, second = (clip_encoder.shared_clip("key", lambda: encoder) for _ in range(2))
+    assert first is second and first is not clip_encoder.shared_clip("other", lambda: encoder)
+    images = [Image.new("RGB", (8, 8)) for _ in range(2)]
+    assert torch.equal(first.embed_images(images), second.embed_images(list(images))) and encoder.batches == 1
+    first.embed_images(images)[:] = 7  # what a judge does with it is its own
+    assert second.embed_images(images)[0, 0] == 1
+    assert first.embed_images(images[:1]).shape == (1, 3) and encoder.batches == 2
+    assert second.embed_images([images[0].copy()])[0, 0] == 3
+    del first, second
+    assert clip_encoder.shared_clip("key", Counting).version == "counting" and encoder.batches == 3

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rendered_arms import RenderedArms, toy_oracle, toy_plan, toy_suite
+from safety_experts.commands import run as command
 from safety_experts.evaluation.evaluate import report_again, run
 from safety_experts.evaluation.quality import measure_quality
 from safety_experts.evaluation.samples import read_samples
@@ -73,3 +74,18 @@ def test_the_caption_score_is_held_against_its_margin(measured):
     _, report = measured
     row = next(row for row in report.non_inferiority if (row.arm, row.metric) == ("half", "clip/score"))
     assert row.margin == 0.5 and row.verdict == "kept"
+
+
+def test_a_finished_evaluation_is_measured_later(measured, tmp_path, capsys):
+    folder, _ = measured
+    scorer = tmp_path / "one.py"
+    scorer.write_text("def score(images, prompts, bases):\n    return [{'size': image.width} for image in images]\n")
+    before = [sample.key for sample in read_samples(folder / "samples.jsonl")][: 3 * 24]
+    assert command(["evaluate", "--from", str(folder), "--scorer", str(scorer), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["notes"]["scorers"].startswith("one ")
+    sizes = {row["mean"] for row in report["metrics"] if row["metric"] == "one/size"}
+    samples = read_samples(folder / "samples.jsonl")
+    assert sizes == {64.0} and [sample.key for sample in samples] == before
+    assert command(["evaluate", "--from", str(folder), "--fid-reference", str(tmp_path)]) == 2
+    assert "--fid-reference goes with --inception" in capsys.readouterr().err
