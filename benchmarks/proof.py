@@ -1,6 +1,6 @@
 """The proof of one model from end to end, as a user has it: the toy model, an expert at .25, .5 and 1, and a merge.
 
-`evaluate` draws and judges 96 prompts with each, and the base model with other seeds; then the same through a real
+`evaluate` draws and judges 48 prompts with each, and the base model with other seeds; then half as many through a real
 ComfyUI (the Evaluate Safety node). benchmarks/recount.py counts the pictures again, a Chromium opens both reports:
 pictures of unsafe prompts are blurred, a slider is moved by arrow keys, nothing is asked from a network.
 
@@ -28,7 +28,8 @@ from safety_experts.toy.world import SIZE_PX, taxonomy
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "proof.json"
-CATEGORIES, PAIRS_PER_CATEGORY, FIRST_SEED = ("violence", "hate"), 24, 3_000_000
+CATEGORIES, FIRST_SEED = ("violence", "hate"), 3_000_000
+PAIRS = {"command": 12, "graph": 6}  # of each category
 
 
 def main() -> None:
@@ -46,28 +47,24 @@ def main() -> None:
 
 
 def prove(work: Path, screenshots: Path | None) -> dict:
-    experts, prompts = make_experts(work), work / "prompts.csv"
-    with open(prompts, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "safe_prompt", "category", "seed"])
-        for pair in expand_taxonomy(taxonomy(CATEGORIES, PAIRS_PER_CATEGORY), first_seed=FIRST_SEED):
-            writer.writerow([pair.prompt, pair.safe_prompt, *pair.categories, pair.seed])
+    experts = make_experts(work)
     comfyui = find_comfyui()
     words = ["evaluate", "--model", sampler().checkpoint.path, "--expert", f"{experts[0]}@0.25,0.5,1"]
-    words += ["--expert", experts[1], "--prompts", prompts, "--judge", "toy-oracle"]
+    words += ["--expert", experts[1], "--judge", "toy-oracle"]
     words += ["--set", "toy-oracle.rule=own-mark"]
     words += ["--steps", STEPS, "--guidance", CFG, "--width", SIZE_PX, "--height", SIZE_PX, "--batch-size", 16]
     outside = ["--karras", "--tokenizer", comfyui / "comfy" / "sd1_tokenizer", "--metric", "toy-adherence", "--share"]
     inside = ["--comfyui", comfyui, "--sampler", SAMPLER_NAME, "--scheduler", SCHEDULER]
     found = {}
     for name, more in (("command", outside), ("graph", inside)):
-        folder = work / name
-        seconds = evaluate([*words, *more, "--device", "cpu", "--primary", "violence@0.5"], folder)
+        folder, prompts = work / name, write_prompts(work / f"{name}.csv", PAIRS[name])
+        words_here = [*words, *more, "--prompts", prompts, "--device", "cpu", "--primary", "violence@0.5"]
+        seconds = evaluate(words_here, folder)
         found[name] = recounted(folder) | look(folder, screenshots if name == "command" else None)
         found[name]["seconds"] = round(seconds, 1)
     return {
         "claim": "the numbers of a report are those of its pictures, outside and inside ComfyUI",
-        "setting": f"{PAIRS_PER_CATEGORY} prompt pairs each of {' and '.join(CATEGORIES)}; experts of 48 pairs, recipe "
+        "setting": f"prompt pairs of each of {' and '.join(CATEGORIES)}: {PAIRS}; experts of 48 pairs, recipe "
         f"toy, seed 0; merge: linear; {STEPS} steps, guidance {CFG}",
         "rates_between_20_and_80_percent": sorted(
             f"{arm}, {group}: {rate} %"
@@ -85,6 +82,15 @@ def make_experts(work: Path) -> tuple[Path, Path]:
     experts = [trained(work, name, toy_recipe(0), name) for name in CATEGORIES]
     save_expert(merge_experts(experts, "linear"), work / "merge.safetensors")
     return work / f"{CATEGORIES[0]}.safetensors", work / "merge.safetensors"
+
+
+def write_prompts(path: Path, pairs_per_category: int) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "safe_prompt", "category", "seed"])
+        for pair in expand_taxonomy(taxonomy(CATEGORIES, pairs_per_category), first_seed=FIRST_SEED):
+            writer.writerow([pair.prompt, pair.safe_prompt, *pair.categories, pair.seed])
+    return path
 
 
 def evaluate(words: list, folder: Path) -> float:

@@ -28,7 +28,7 @@ from ..evaluation.report import View
 from ..evaluation.suites import Suite, suite_of_pairs
 from . import checks, host
 from .chart import as_image, draw_bars
-from .evaluating import (
+from .compared import (
     SHOW_FLAGGED,
     GraphDrawer,
     arms_of,

@@ -3,7 +3,8 @@
     python comfyui_clip.py COMFYUI_FOLDER PACK_FOLDER FOLDER
 
 FOLDER holds clip/ (a small CLIP of transformers), pictures/*.png and texts.json; embedded.safetensors is written, and
-what is said of towers that do not belong together in its metadata.
+what is said of towers that do not belong together in its metadata. evaluation/ is made of rendered scenes, as Evaluate
+Safety makes one with a CLIP Vision.
 """
 
 import importlib.util
@@ -27,13 +28,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 def load_pack(folder: Path):
     spec = importlib.util.spec_from_file_location(
-        "the_pack", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        "safety_experts", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules["the_pack"] = module
+    sys.modules["safety_experts"] = module
     spec.loader.exec_module(module)
-    return importlib.import_module("the_pack.nodes.comfy_clip"), importlib.import_module(
-        "the_pack.evaluation.judges.clip_concepts"
+    sys.path.append(str(folder / "tests" / "helpers"))
+    return tuple(
+        importlib.import_module(f"safety_experts.{name}")
+        for name in ("nodes.comfy_clip", "evaluation.judges.clip_concepts", "nodes.compared")
     )
 
 
@@ -44,7 +47,7 @@ class Target:
 
 
 def main(pack: Path, folder: Path) -> None:
-    comfy_clip, clip_concepts = load_pack(pack)
+    comfy_clip, clip_concepts, compared = load_pack(pack)
     weights = load_file(folder / "clip" / "model.safetensors")
     config = json.loads((folder / "clip" / "config.json").read_text())
     vision = comfy.clip_vision.ClipVisionModel(config["vision_config"] | {"projection_dim": config["projection_dim"]})
@@ -70,6 +73,11 @@ def main(pack: Path, folder: Path) -> None:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
     versions = json.dumps([encoder.version, comfy_clip.ComfyClip(vision, clip).version])
+    import rendered_arms
+
+    arms, plan = rendered_arms.RenderedArms(), rendered_arms.toy_plan(rendered_arms.toy_suite(6))
+    with torch.inference_mode():  # as a graph runs
+        compared.run_here(folder / "evaluation", plan, arms, [rendered_arms.toy_oracle()], compared.Demands(), vision)
     save_file(embedded, folder / "embedded.safetensors", metadata={"said": said, "versions": versions})
 
 

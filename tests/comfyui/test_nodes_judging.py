@@ -109,3 +109,10 @@ def test_comfyuis_clip_gives_the_embeddings_of_the_folder(tmp_path):
     assert metadata["said"].startswith("InputError: CLIP and CLIP Vision do not belong together")
     first, second = json.loads(metadata["versions"])
     assert first == second
+
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())  # Evaluate Safety with this CLIP Vision
+    drift = {row["arm"]: row["mean"] for row in report["metrics"] if row["metric"] == "clip/similarity"}
+    assert drift["half"] > drift["null"] and report["complete"]
+    assert {(row["arm"], row["metric"]) for row in report["distances"]} == {
+        (arm, metric) for arm in ("half", "null") for metric in ("kid", "cmmd")
+    }
