@@ -8,7 +8,7 @@ attention LoRA of rank 4 in float32, one pair (two rows) of 1024 px under 256 to
 Counted: every matrix product and attention of the reference's pass, of the policy's pass and of its way back (with the
 second forward pass of checkpointed blocks); every tensor while it lives: weights, LoRA, gradients, activations.
 Not counted: the optimizer (8 bytes a LoRA weight), the CUDA context, workspaces, fragmentation, and the text encoder
-and VAE, which are unloaded by then. Exit 1 if a family could not be counted.
+and VAE, which are unloaded by then. Of HiDream's experts each gets as many tokens as the others. Exit 1 if a family could not be counted.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import family_cases as tiny  # first: it sets ComfyUI up
 import torch
+from comfy.ldm.hidream.model import MOEFeedForwardSwiGLU
 from comfy.model_patcher import ModelPatcher
 from family_cases import ARGUMENTS, CASES, Case
 from safety_experts.evaluation.machine import describe_machine
@@ -65,6 +66,33 @@ def real(name: str, unet: dict, text_dim: int, latents: tuple[int, ...], pooled:
     return Case(case.config, case.base, unet, latents, text_dim, extra)
 
 
+def hidream() -> Case:
+    """Every block has a Llama layer of its own, from the last on the last one (ComfyUI's model_detection.py)."""
+    unet = tiny.HIDREAM | {
+        "num_layers": 16, "num_single_layers": 32, "attention_head_dim": 128, "num_attention_heads": 20,
+        "caption_channels": [4096, 4096], "text_emb_dim": 2048, "axes_dims_rope": (64, 32, 32),
+        "llama_layers": [min(block, 31) for block in range(48)],
+    }  # fmt: skip
+    case = real("hidream-i1", unet, 4096, IMAGE16, 2048)
+    case.extra["conditioning_llama3"] = lambda tokens: torch.zeros(32, tokens, 4096)
+    return case
+
+
+def shared_evenly(self, x: torch.Tensor) -> torch.Tensor:
+    """HiDream's mixture of experts with as many tokens for each: which ones it would choose, fake tensors cannot say.
+
+    The products of matrices are as many however the tokens are shared.
+    """
+    weights = self.gate(x)[1]
+    rows = x.view(-1, x.shape[-1]).repeat_interleave(self.num_activated_experts, dim=0)
+    given = torch.empty_like(rows)
+    for expert, places in zip(self.experts, torch.arange(len(rows)).chunk(len(self.experts)), strict=True):
+        given[places] = expert(rows[places])
+    mixed = (given.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+    return mixed.view(x.shape) + self.shared_experts(x)
+
+
+MOEFeedForwardSwiGLU.forward = shared_evenly
 IMAGE4, IMAGE16, IMAGE128, FRAME16 = (4, 128, 128), (16, 128, 128), (128, 64, 64), (16, 1, 128, 128)
 # Published sizes: ComfyUI's model_detection.py where it has them, else diffusers' configs of the same models.
 REAL: dict[str, Case] = {
@@ -109,6 +137,7 @@ REAL: dict[str, Case] = {
     "wan2.2-14b": real(
         "wan2.2", WAN | {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}, 4096, FRAME16
     ),
+    "hidream-i1": hidream(),
     "krea2": real("krea2", {"image_model": "krea2", "features": 6144, "heads": 48, "kvheads": 12, "layers": 28,
                             "txtdim": 2560, "txtlayers": 12}, 12 * 2560, FRAME16),
     "auraflow": real(
