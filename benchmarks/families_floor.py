@@ -8,7 +8,8 @@ attention LoRA of rank 4 in float32, one pair (two rows) of 1024 px under 256 to
 Counted: every matrix product and attention of the reference's pass, of the policy's pass and of its way back (with the
 second forward pass of checkpointed blocks); every tensor while it lives: weights, LoRA, gradients, activations.
 Not counted: the optimizer (8 bytes a LoRA weight), the CUDA context, workspaces, fragmentation, and the text encoder
-and VAE, which are unloaded by then. Of HiDream's experts each gets as many tokens as the others. Exit 1 if a family could not be counted.
+and VAE, which are unloaded by then. Of HiDream's experts each gets as many tokens as the others. Exit 1 if a family
+could not be counted.
 """
 
 import argparse

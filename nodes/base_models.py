@@ -27,6 +27,11 @@ def _base_of(dataset: PreferenceDataset) -> Path:
             f"the dataset was drawn by {name} with a LoRA on it: connect that MODEL with its CLIP and VAE, or choose "
             "the bare checkpoint in `checkpoint`"
         )
+    if dataset.info.base_checkpoint.files or host.is_diffusion_model(name):
+        raise InputError(
+            f"the dataset was drawn by {name}, which is no all-in-one checkpoint: connect that MODEL with its CLIP and "
+            "VAE, or choose a checkpoint in `checkpoint`"
+        )
     try:
         path = host.checkpoint_path(name)
     except InputError as error:

@@ -113,7 +113,10 @@ class SafetyExpertsGeneratePairs(io.ComfyNode):
         base = identify(model)
         if clip is None:
             raise InputError(f"clip is empty: {base.name} holds no text encoder; load one with CLIPLoader")
-        if problem := refusals.problem_of(model):  # said before hours of drawing
+        # All this before hours of drawing: pairs that could train no file of this model are not drawn.
+        refusals.check_family(model)
+        refusals.check_vae(model.model, vae)
+        if problem := refusals.problem_of(model):
             host.tell(cls.hidden.unique_id, f"These pairs cannot train this very MODEL: {problem}", "warn")
         info = DatasetInfo(
             base_checkpoint=base,

@@ -10,6 +10,7 @@ from ..preferences.pairs import PromptPair, parse_prompt_pairs, read_prompt_pair
 from ..preferences.prompt_pair import MAX_SEED, check_prompt
 from ..preferences.taxonomy import expand_taxonomy
 from . import checks, host, pictures, prompt_graph, sampling, sockets
+from .native import refusals
 from .native.identity import identify
 
 MAX_CHECKED_BYTES = 1_000_000
@@ -195,6 +196,8 @@ class SafetyExpertsRecordPair(io.ComfyNode):
         drawn_with = _common_seed(cls.hidden.prompt, cls.hidden.unique_id)
         categories = sockets.several_categories(category, own_category)
         base = host.base_checkpoint(checkpoint) if model is None else identify(model)
+        if model is not None and (problem := refusals.problem_of(model)):
+            host.tell(cls.hidden.unique_id, f"These pairs cannot train this very MODEL: {problem}", "warn")
         info = DatasetInfo(base_checkpoint=base, sampler={}, prompt_source="recorded", licence_note="")
         dataset = PreferenceDataset.create(host.dataset_folder(dataset_name), info)
         images = list(zip(sampling.to_images(chosen), sampling.to_images(rejected), strict=True))

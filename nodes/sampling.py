@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.denoiser import StartImage
+from .native import refusals
 
 Condition = list  # what CLIPTextEncode returns: [[Tensor [1, t, d], {"pooled_output": Tensor, ...}]]
 
@@ -81,21 +82,22 @@ def _sample_group(model, positive, negative, seeds, settings, on_image_step, sta
         if on_image_step:
             on_image_step(len(seeds))
 
-    return comfy.sample.sample(
-        model,
-        noise,
-        settings.steps,
-        settings.cfg,
-        settings.sampler_name,
-        settings.scheduler,
-        positive,
-        negative,
-        start.latents if start else empty.repeat(len(seeds), *[1] * (empty.ndim - 1)),
-        denoise=start.denoise if start else 1.0,
-        callback=after_step,
-        disable_pbar=True,
-        seed=seeds[0],
-    )
+    with refusals.clip_named():
+        return comfy.sample.sample(
+            model,
+            noise,
+            settings.steps,
+            settings.cfg,
+            settings.sampler_name,
+            settings.scheduler,
+            positive,
+            negative,
+            start.latents if start else empty.repeat(len(seeds), *[1] * (empty.ndim - 1)),
+            denoise=start.denoise if start else 1.0,
+            callback=after_step,
+            disable_pbar=True,
+            seed=seeds[0],
+        )
 
 
 def _groups(conditions: Sequence[tuple[Condition, Condition]]) -> list[list[int]]:

@@ -26,9 +26,6 @@ class PromptPairList(list[PromptPair]):
         return f"<{len(self)} prompt pairs>"
 
 
-OF_MODEL = "(the model says)"
-
-
 def category_inputs(*, with_all: bool = False) -> list[io.Input]:
     """Return the widget that names a safety category, and the hidden one that did so in workflows before.
 

@@ -1,6 +1,13 @@
 """ComfyUI's folders, device and progress as the library wants them; every path of a workflow is checked here."""
 
-from .checkpoints import base_checkpoint, checkpoint_names, checkpoint_path, clip_tokenizer_folder, open_checkpoint
+from .checkpoints import (
+    base_checkpoint,
+    checkpoint_names,
+    checkpoint_path,
+    clip_tokenizer_folder,
+    is_diffusion_model,
+    open_checkpoint,
+)
 from .command import end_with_the_command, told_by_command
 from .datasets import dataset_folder, dataset_name, dataset_names, dataset_state
 from .device import training_on_device
@@ -46,6 +53,7 @@ __all__ = [
     "judge_path",
     "memory_used",
     "import_source",
+    "is_diffusion_model",
     "own_writes",
     "open_checkpoint",
     "prompt_file",

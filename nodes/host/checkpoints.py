@@ -31,6 +31,12 @@ def checkpoint_path(name: str) -> Path:
     return Path(path)
 
 
+def is_diffusion_model(name: str) -> bool:
+    """Say whether a file of this name lies among the diffusion models, and none among the checkpoints."""
+    found = [folder_paths.get_full_path(kind, name) for kind in ("diffusion_models", "checkpoints")]
+    return found[0] is not None and found[1] is None
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint with ComfyUI's tokenizer."""
     return load_checkpoint(path, tokenizer_folder=clip_tokenizer_folder())

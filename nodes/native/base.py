@@ -32,8 +32,9 @@ class NativeBase:
     def __init__(self, model, clip, vae):
         missing = [name for name, part in (("clip", clip), ("vae", vae)) if part is None]
         if missing:
+            are = "are" if len(missing) > 1 else "is"
             raise InputError(
-                f"{' and '.join(missing)} is not connected: training on a MODEL needs its CLIP and VAE too "
+                f"{' and '.join(missing)} {are} not connected: training on a MODEL needs its CLIP and VAE too "
                 "(CLIPLoader and VAELoader, or those of the checkpoint)"
             )
         refusals.check_model(model)
@@ -47,9 +48,9 @@ class NativeBase:
 
     @property
     def encoding_id(self) -> str:
-        """VAE, text encoder (and where it stops) and the scale of the model's latents decide what is encoded."""
+        """VAE, text encoder (`type`, where it stops) and the scale of the model's latents decide what is encoded."""
         parts = [identity.part_id(self._vae.patcher), identity.part_id(self._clip.patcher)]
-        parts += [self.latent_format, str(self._clip.layer_idx)]
+        parts += [self.latent_format, type(self._clip.cond_stage_model).__name__, str(self._clip.layer_idx)]
         return "native-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def load_vae(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "NativeVae":

@@ -36,8 +36,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpointed(blocks: Sequence[nn.Module], mode: Mode) -> Iterator[None]:
-    """Inside, each block's forward keeps its inputs alone and runs again in the backward pass, then inside `mode`."""
+def checkpointed(blocks: Sequence[nn.Module], mode: Mode, *, copies_all: bool = False) -> Iterator[None]:
+    """Inside, each block's forward keeps its inputs alone and runs again in the backward pass, then inside `mode`.
+
+    With `copies_all` all that autograd saves is a copy, not only what is written over: GGUF's tensors come out of the
+    mode that watches for that as their own class, and their layers fail.
+    """
+    mode = _joined(mode, _copying if copies_all else torch.autograd.graph.allow_mutation_on_saved_tensors)
     originals = [block.forward for block in blocks]
     for block, original in zip(blocks, originals, strict=True):
         block.forward = _checkpointing(original, mode)
@@ -49,6 +54,21 @@ def checkpointed(blocks: Sequence[nn.Module], mode: Mode) -> Iterator[None]:
                 del block.forward  # the class's own again
             else:
                 block.forward = original
+
+
+def _joined(*modes: Mode) -> Mode:
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode())
+            yield
+
+    return inside
+
+
+def _copying() -> contextlib.AbstractContextManager:
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda copy: copy)
 
 
 def _checkpointing(forward: Callable, mode: Mode) -> Callable:
@@ -93,7 +113,7 @@ class _Block(torch.autograd.Function):
             tensor.detach().requires_grad_(needed)
             for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         ]
-        with ctx.mode(), torch.enable_grad(), torch.autograd.graph.allow_mutation_on_saved_tensors():
+        with ctx.mode(), torch.enable_grad():
             out = ctx.again([tensor.clone() for tensor in inputs])
             outs = out if isinstance(out, tuple) else (out,)
             reached = [

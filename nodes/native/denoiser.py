@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...models.denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, StartImage
 from ...models.noise_schedule import NUM_TIMESTEPS
-from . import block_checkpoint, kernels
+from . import block_checkpoint, kernels, packed, refusals
 from .conditions import condition_of, group_rows, rows_of
 
 
@@ -35,6 +35,7 @@ class NativeDenoiser:
         diffusion_model = self.model.diffusion_model
         self._checkpoints = checkpoint_blocks or not block_checkpoint.can_do_without(diffusion_model)
         self._blocks = block_checkpoint.blocks_of(diffusion_model)
+        self._is_gguf = packed.is_gguf(patcher)
         dtype = self.model.get_dtype_inference()
         self.autocast_dtype = dtype if dtype in (torch.float16, torch.bfloat16) else None
 
@@ -75,14 +76,15 @@ class NativeDenoiser:
         """Return the network's output [b, …] float32; conditions are b rows, which may differ in length."""
         rows = rows_of(conditions, len(noisy))
         sigmas = self.sigmas(timesteps)
-        # Without checkpoints autograd would keep all the weights that came from RAM.
-        blocks = self._blocks if self._checkpoints or self.model.model_lowvram else []
+        # Without checkpoints autograd would keep all the weights that came from RAM, or were unpacked.
+        blocks = self._blocks if self._checkpoints or self._is_gguf or self.model.model_lowvram else []
         # A checkpointed block differentiates what it was given: something it is given has to ask for it.
         noisy = noisy.detach().requires_grad_(torch.is_grad_enabled())
         parts: list[Tensor | None] = [None] * len(noisy)
         with (
+            refusals.clip_named(),
             kernels.training_mode(),
-            block_checkpoint.checkpointed(blocks, kernels.training_mode),
+            block_checkpoint.checkpointed(blocks, kernels.training_mode, copies_all=self._is_gguf),
             raw_output(self.sampling, raw=not self._compares_images),
         ):
             for group in group_rows(self.model, noisy, rows):

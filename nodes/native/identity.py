@@ -12,6 +12,7 @@ from torch import Tensor
 from ...checkpoint_id import CheckpointId
 from ...models.weights_file import cached_sha256
 from ...tensor_file import tensor_bytes
+from . import packed
 
 _NAMES = {
     "SDXLRefiner": "sdxl-refiner",
@@ -34,7 +35,8 @@ def identify(patcher) -> CheckpointId:
     patches = tuple(_patch_hashes(patcher))
     if path is None:  # a loader that names no file, such as GGUF's
         weights = {"weights": weights_sha256(patcher)}
-        return CheckpointId(name=f"a {family} model without a file", family=family, files=weights, patches=patches)
+        kind = "GGUF" if packed.is_gguf(patcher) else "its loader names no file"
+        return CheckpointId(name=f"a {family} model ({kind})", family=family, files=weights, patches=patches)
     return CheckpointId(name=_entry_name(path), sha256=cached_sha256(path), family=family, patches=patches)
 
 

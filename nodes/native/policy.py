@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import InputError
 from ...experts.expert import LoraLayer
 from ...training.recipe import Recipe
-from . import refusals
+from . import packed, refusals
 from .adapters import Adapters
 from .denoiser import NativeDenoiser
 from .room import room_bytes
@@ -116,6 +116,7 @@ def leave_inference(model: nn.Module) -> None:
         both: tuple[Any, Any] = (module._parameters, module._buffers)
         for tensors in both:
             for name, value in tensors.items():
-                if value is not None and value.is_inference():
-                    plain = value.detach().clone()
+                # GGUF's packed numbers meet autograd unpacked only, and stay in the file's own memory.
+                if value is not None and value.is_inference() and value.is_floating_point():
+                    plain = packed.ordinary(value.detach()).clone()
                     tensors[name] = nn.Parameter(plain, requires_grad=False) if tensors is module._parameters else plain

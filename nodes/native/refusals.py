@@ -1,15 +1,37 @@
 """What cannot be trained on, said before anything is drawn or computed, with what to do instead."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 from comfy.taesd.taesd import TAESD
 
 from ...errors import InputError
+from . import identity
+from .adapters import target_layers
 
 logger = logging.getLogger(__name__)
 
+_PICTURES = {2: "pictures", 3: "films"}  # dimensions of a latent -> what a VAE of them encodes
 _PACKED = ("LTXAV", "MiniMaxH3")  # their latents are several tensors in one
+_OTHER_WIDTH = ("mat1 and mat2 shapes", "normalized_shape")  # how torch begins to say that a condition does not fit
 _ON_OTHERS = "train on the bf16, fp16 or fp8 file of the same model; the expert loads on this one too"
+
+
+def check_family(patcher) -> None:
+    """Raise where a MODEL cannot be trained on, and no other file of it either.
+
+    Raises:
+        InputError: the message names the reason.
+    """
+    model = patcher.model
+    kinds = {type(model).__name__, *(base.__name__ for base in type(model).__mro__)}
+    if kinds & set(_PACKED):
+        raise InputError("this model packs sound and picture into one latent, which cannot be trained on: use another")
+    if model.latent_format.latent_dimensions not in _PICTURES:
+        raise InputError(
+            f"{identity.family_name(type(model.model_config))} draws no pictures: connect a model that does"
+        )
 
 
 def check_model(patcher) -> None:
@@ -18,24 +40,21 @@ def check_model(patcher) -> None:
     Raises:
         InputError: the message names the kind and the remedy.
     """
-    model = patcher.model
-    kinds = {type(model).__name__, *(base.__name__ for base in type(model).__mro__)}
-    if kinds & set(_PACKED):
-        raise InputError("this model packs sound and picture into one latent, which cannot be trained on: use another")
-    diffusion_model = model.diffusion_model
+    check_family(patcher)
+    diffusion_model = patcher.model.diffusion_model
     names = {type(module).__name__.lower() for module in diffusion_model.modules()}
     modules = {type(module).__module__.lower() for module in diffusion_model.modules()}
     if any("nunchaku" in name for name in names | modules):
         raise InputError(f"this is a nunchaku (SVDQuant) model, whose kernels have no backward pass: {_ON_OTHERS}")
-    weights = {type(getattr(module, "weight", None)).__name__.lower() for module in diffusion_model.modules()}
-    if any("ggml" in name for name in names | weights) or "gguf" in type(patcher).__name__.lower():
-        raise InputError(f"this is a GGUF model, whose weights are unpacked anew in every call: {_ON_OTHERS}")
     if any("optimizedmodule" in name for name in names) or _is_compiled(patcher):
         raise InputError("this MODEL is compiled (torch.compile), and adapters cannot be put on it: train before it")
     for module in diffusion_model.modules():
         layout = str(getattr(getattr(module, "weight", None), "_layout_cls", "")).lower()
         if any(kind in layout for kind in ("int8", "convrot", "w4a", "svdquant", "awq")):
             raise InputError(f"this model's weights are quantised as {layout}, without a backward pass: {_ON_OTHERS}")
+    if next(target_layers(patcher.model, "attention"), None) is None:
+        family = identity.family_name(type(patcher.model.model_config))
+        raise InputError(f"{family} has no attention layers in its blocks, which alone are trained: use another model")
 
 
 def problem_of(patcher) -> str | None:
@@ -75,8 +94,10 @@ def check_vae(model, vae) -> None:
     """Raise where ComfyUI knows that a VAE's latents are not those that the model draws in.
 
     Raises:
-        InputError: the message names both.
+        InputError: the message names both; or there is none.
     """
+    if getattr(vae, "first_stage_model", vae) is None:
+        raise InputError("vae holds no VAE: the checkpoint has none; load the model's own with VAELoader")
     wanted = model.latent_format
     channels, dimensions = getattr(vae, "latent_channels", None), getattr(vae, "latent_dim", None)
     remedy = "connect the VAE that belongs to the model"
@@ -86,11 +107,10 @@ def check_vae(model, vae) -> None:
             f"the VAE gives {channels} channels and this model draws in {wanted.latent_channels} ({name}): {remedy}"
         )
     # FLUX and Qwen-Image both have 16, but one encodes pictures and the other films; a TAESD stands in for either.
-    kinds = {2: "pictures", 3: "films"}
     if dimensions and {dimensions, wanted.latent_dimensions} == {2, 3} and not isinstance(vae.first_stage_model, TAESD):
         raise InputError(
-            f"this VAE encodes {kinds[dimensions]}, and this model draws in latents of a VAE of "
-            f"{kinds[wanted.latent_dimensions]} ({name}): {remedy}"
+            f"this VAE encodes {_PICTURES[dimensions]}, and this model draws in latents of a VAE of "
+            f"{_PICTURES[wanted.latent_dimensions]} ({name}): {remedy}"
         )
 
 
@@ -106,3 +126,21 @@ def check_latents(model, latents) -> None:
             f"the VAE gives {latents.shape[1]} channels and this model draws in {expected}: "
             "connect the VAE that belongs to the model"
         )
+
+
+@contextlib.contextmanager
+def clip_named() -> Iterator[None]:
+    """Inside, a model computes on what a CLIP gave; torch's sentence about matrices becomes one about the CLIP.
+
+    Raises:
+        InputError: the condition is of another width than the model takes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OTHER_WIDTH):
+            raise
+        raise InputError(
+            "clip is not this model's: it gives prompts in another width than the model takes; connect the model's own "
+            "text encoder, loaded with the `type` that belongs to the model"
+        ) from error

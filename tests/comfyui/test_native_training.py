@@ -240,16 +240,29 @@ def test_another_base_is_said_and_one_of_other_latents_is_refused(server, parts,
     ("missing", "inputs", "message"),
     [
         (("vae",), {}, "vae is not connected: training on a MODEL needs its CLIP and VAE"),
-        (("clip", "vae"), {}, "clip and vae is not connected"),
+        (("clip", "vae"), {}, "clip and vae are not connected"),
+        ((), {"clip_type": "sd3"}, "clip is not this model's"),
         ((), {"processes": 2}, "a connected MODEL trains in one process"),
         ((), {"vae": "taesd16.safetensors"}, r"the VAE gives 16 channels and this model draws in 4 \(SD15\)"),
     ],
 )
 def test_what_is_missing_is_named(server, parts, dataset, missing, inputs, message):
+    inputs = dict(inputs)
     graph = Graph()
     loaders = {name: link for name, link in add_parts(graph, parts).items() if name not in missing}
+    if kind := inputs.pop("clip_type", None):  # of the same file, whose conditions the cache holds by now
+        graph[loaders["clip"][0]]["inputs"]["type"] = kind
     if vae := inputs.get("vae"):
         loaders["vae"] = (graph.add("VAELoader", vae_name=vae), 0)
     train(graph, dataset, "wrong", **inputs | loaders)
     with pytest.raises(SafetyExpertsError, match=message):
         server.run(graph)
+
+
+def test_nothing_is_drawn_where_the_pairs_could_train_nothing(server, checkpoint, parts):
+    graph = Graph()
+    node = graphs.add_generation(graph, checkpoint, "not_drawn", TEXT)
+    graph[node]["inputs"]["vae"] = [graph.add("VAELoader", vae_name="taesd16.safetensors"), 0]
+    with pytest.raises(SafetyExpertsError, match=r"the VAE gives 16 channels and this model draws in 4 \(SD15\)"):
+        server.run(graph)
+    assert not (server.base_directory / "datasets" / "not_drawn").exists()
