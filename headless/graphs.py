@@ -102,7 +102,10 @@ def _find(comfyui: Path, name: str, kind: str) -> Path:
     if found is None:
         raise InputError(f"no such file: {name}; give a path, or a name in {places[1].parent}")
     if found.suffix == ".gguf":
-        raise InputError(f"{name} is a GGUF file, which ComfyUI itself does not load: use the bf16, fp16 or fp8 file")
+        raise InputError(
+            f"{name} is a GGUF file, which ComfyUI itself does not load: use the bf16, fp16 or fp8 file, or "
+            "train in ComfyUI, with ComfyUI-GGUF's loader"
+        )
     if found.suffix not in (".safetensors", ".sft"):
         raise InputError(f"{name} is no safetensors file; save it as one in ComfyUI, and name that")
     return found

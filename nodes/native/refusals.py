@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _PICTURES = {2: "pictures", 3: "films"}  # dimensions of a latent -> what a VAE of them encodes
 _PACKED = ("LTXAV", "MiniMaxH3")  # their latents are several tensors in one
 _OTHER_WIDTH = ("mat1 and mat2 shapes", "normalized_shape")  # how torch begins to say that a condition does not fit
-_ON_OTHERS = "train on the bf16, fp16 or fp8 file of the same model; the expert loads on this one too"
+_ON_OTHERS = "train on the bf16, fp16, fp8 or GGUF file of the same model; the expert loads on this one too"
 
 
 def check_family(patcher) -> None:

@@ -14,42 +14,16 @@ import graphs
 import pytest
 from frontend import Frontend, open_frontend
 from graphs import Graph
-from safety_experts.demo.comfyui import PACK_FOLDER, ComfyServer
+from safety_experts.demo.comfyui import ComfyServer
 from safety_experts.demo.toy_checkpoint import ensure_toy_checkpoint
 
 TOASTS = ".p-toast-message"
-# A MODEL behind the patcher of ComfyUI-GGUF's loader (its nodes.py); benchmarks/families.py has its tensors too.
-GGUF_NODE = """
-from comfy.model_patcher import ModelPatcher
-
-
-class GGUFModelPatcher(ModelPatcher):
-    pass
-
-
-class PackWeights:
-    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "pack", "bootleg"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",)}}
-
-    def pack(self, model):
-        packed = model.clone()
-        packed.__class__ = GGUFModelPatcher
-        return (packed,)
-
-
-NODE_CLASS_MAPPINGS = {"PackWeights": PackWeights}
-"""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "custom_nodes" / "packed").mkdir(parents=True)
-    (base / "custom_nodes" / "packed" / "__init__.py").write_text(GGUF_NODE)
-    with ComfyServer(base, extra_arguments=["--whitelist-custom-nodes", PACK_FOLDER, "packed"]) as server:
+    with ComfyServer(base) as server:
         server.add_model(ensure_toy_checkpoint())
         script = Path(__file__).parents[1] / "comfyui" / "save_small_wan.py"
         environment = {**os.environ, "COMFYUI_PATH": str(server.comfyui)}
@@ -94,13 +68,13 @@ def prompts(**source) -> Graph:
     return graph
 
 
-def native(vae: str | None = "the checkpoint's", is_packed: bool = False, **inputs) -> Graph:
+def native(vae: str | None = "the checkpoint's", is_compiled: bool = False, **inputs) -> Graph:
     """Return a training on the MODEL of a loader."""
     graph = Graph()
     loader = graphs.checkpoint_loader(graph, ensure_toy_checkpoint().name)
     links = {"model": (loader, 0), "clip": (loader, 1)}
-    if is_packed:
-        links["model"] = (graph.add("PackWeights", model=(loader, 0)), 0)
+    if is_compiled:
+        links["model"] = (graph.add("TorchCompileModel", model=(loader, 0), backend="inductor"), 0)
     if vae:
         links["vae"] = (loader, 2) if vae == "the checkpoint's" else (graph.add("VAELoader", vae_name=vae), 0)
     return training(graph=graph, **links, **inputs)
@@ -159,7 +133,10 @@ MISTAKES = {
         "the VAE gives 16 channels and this model draws in 4 (SD15)",
     ),
     "other_latents": (lambda: native(dataset="pairs_of_flux"), "(flux), whose latents are not those of"),
-    "gguf": (lambda: native(is_packed=True), "this is a GGUF model, whose weights are unpacked anew in every call"),
+    "compiled": (
+        lambda: native(is_compiled=True),
+        "this MODEL is compiled (torch.compile), and adapters cannot be put",
+    ),
     "two_seeds": (lambda: recording(rejected_seed=6), "drawn with seed 5 and rejected with seed 6"),
     # The last, as it trains then.
     "other_base": (
