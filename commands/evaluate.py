@@ -38,6 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[LABEL=]FILE[@S,…]",
         help="expert or merge to hold against the base model, at one or several strengths; A+B applies both",
     )
+    parser.add_argument(
+        "--guard",
+        action="append",
+        default=[],
+        metavar="[LABEL=]FILE",
+        help="Pair Guard on the base model, as an arm: a text file of lines `category: unsafe text | safe text`",
+    )
+    parser.add_argument(
+        "--negative-arm", metavar="TEXT", help="also the base model with this negative prompt: what costs nothing"
+    )
+    parser.add_argument(
+        "--safe-prompt-arm",
+        action="store_true",
+        help="also the safe prompts of the pairs drawn in the unsafe ones' place",
+    )
     parser.add_argument("--prompts", action="append", default=[], metavar="P", help="prompt pairs, or unsafe prompts")
     parser.add_argument("--safe-prompts", action="append", default=[], metavar="P", help="prompts that are safe")
     parser.add_argument("--column", action="append", default=[], metavar="NAME=COLUMN", help="e.g. prompt=adv_prompt")
@@ -51,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measuring_arguments(parser)
     parser.add_argument("--set", action="append", default=[], metavar="J.OPTION=V", help="option of a judge")
     parser.add_argument("--rule", metavar="R", help="rule of the headline (default: the first judge's)")
-    parser.add_argument("--primary", metavar="LABEL", help="arm of the headline (default: the last --expert)")
+    parser.add_argument(
+        "--primary", metavar="LABEL", help="arm of the headline (default: the last --guard, else --expert)"
+    )
     add_drawing_arguments(parser)
     add_comfyui_arguments(parser, draws=True, clip="--text-encoder")  # --clip is another model here
     parser.add_argument("--fail-if", action="append", default=[], metavar="E", help="'violence.q16:argmax.high > 0.05'")
@@ -147,7 +164,7 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     from ..evaluation.evaluate import conclude, prepare
     from ..evaluation.judges import parse_judges
     from ..evaluation.metrics import load_metrics
-    from ..evaluation.plan import Plan
+    from ..evaluation.plan import NEGATIVE, Plan
     from ..evaluation.report import Words
     from ..evaluation.runner import run_plan
     from ..models.checkpoint import load_checkpoint
@@ -156,7 +173,17 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
 
     choices = parse_judges(arguments.judge, arguments.set)
     suites = _suites(arguments)
-    arms = read_arms(arguments.expert, with_null=not arguments.no_null)
+    arms = read_arms(
+        arguments.expert,
+        guards=arguments.guard,
+        negative=arguments.negative_arm,
+        with_twins=arguments.safe_prompt_arm,
+        with_null=not arguments.no_null,
+    )
+    if arguments.safe_prompt_arm and not any(
+        p.kind == "unsafe" and p.caption != p.text for s in suites for p in s.prompts
+    ):
+        raise InputError("--safe-prompt-arm needs prompt pairs; no prompt of --prompts has a safe one")
     checkpoint = load_checkpoint(arguments.model, tokenizer_folder=arguments.tokenizer)
     rank, count, device = this_process(arguments.device)
     generation = chosen_generation(arguments, checkpoint.family, device)
@@ -178,10 +205,12 @@ def _evaluate(arguments: argparse.Namespace, demands: "Demands") -> None:
     num_safe = sum(prompt.kind == "safe" for suite in suites for prompt in suite.prompts)
     measures = load_measures(arguments, str(device), num_safe * arguments.images_per_prompt)
     metrics = load_metrics(arguments.metric, str(device))
+    guards = {arm.arm.id: arm.guard for arm in arms if arm.guard}
+    negatives = {NEGATIVE: arguments.negative_arm} if arguments.negative_arm else {}
     with (
         stop_when_asked() as should_stop,
         progress_bar("drawing") as show,
-        drawer_of(checkpoint, experts, generation, device) as drawer,
+        drawer_of(checkpoint, experts, generation, device, guards, negatives) as drawer,
     ):
         with _main_first(rank, count):
             if rank == 0:  # only now, so that nothing is written where a file is missing
@@ -218,8 +247,9 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
     from ..evaluation.arms import read_arms
     from ..evaluation.evaluate import report_again
     from ..evaluation.judges import parse_judges
+    from ..evaluation.plan import BASE_ARM
     from ..evaluation.report import Words
-    from ..headless.evaluating import evaluate_in_comfyui
+    from ..headless.evaluating import HeadlessArm, evaluate_in_comfyui
     from ..preferences.pairs import read_prompt_pairs
     from .progress import progress_bar
     from .stopping import stop_when_asked
@@ -228,11 +258,15 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
         raise InputError("--prompts with --comfyui is one file of prompt pairs")
     judges = parse_judges(arguments.judge, arguments.set)
     pairs = read_prompt_pairs(arguments.prompts[0])
-    read = [arm for arm in read_arms(arguments.expert, with_null=False) if arm.experts]
+    read = [arm for arm in read_arms(arguments.expert, guards=arguments.guard, with_null=False) if arm.arm != BASE_ARM]
     if not read:
-        raise InputError("--expert is missing: name what is held against the base model")
+        raise InputError("--expert is missing: name what is held against the base model, or a --guard")
     arms = [
-        (arm.arm.id, [(path, strength) for path, (_, strength) in zip(arm.files, arm.experts, strict=True)])
+        HeadlessArm(
+            arm.arm.id,
+            [(path, strength) for path, (_, strength) in zip(arm.files, arm.experts, strict=True)],
+            arm.guard_lines,
+        )
         for arm in read
     ]
     files, sampling = chosen_files(arguments), chosen_sampling(arguments)
@@ -249,6 +283,8 @@ def _evaluate_in_comfyui(arguments: argparse.Namespace, demands: "Demands") -> N
             preset=arguments.preset,
             images_per_prompt=arguments.images_per_prompt,
             other_seeds=not arguments.no_null,
+            negative=arguments.negative_arm or "",
+            with_twins=arguments.safe_prompt_arm,
         )
     if finished:
         finished = measure(arguments.out, measures)

@@ -1,15 +1,18 @@
-"""Arms of one model from what a command line names: experts, their strengths, several together."""
+"""Arms of one model from what a command line names: experts, their strengths, several together; guards."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import InputError
 from ..experts.expert import Expert
 from ..experts.expert_file import load_expert
-from .plan import BASE, BASE_ARM, NULL, NULL_ARM, Arm
+from ..guards.concepts import ALLOWED, parse_concepts
+from .guided import GuardTexts
+from .plan import BASE, BASE_ARM, NEGATIVE, NULL, NULL_ARM, TWINS, TWINS_ARM, Arm, negative_arm
 
 logger = logging.getLogger(__name__)
 
@@ -18,30 +21,71 @@ _PART = re.compile(r"(?P<file>.+?\.safetensors)(?:@(?P<strengths>[-\d.,]+))?(?P<
 
 @dataclass(frozen=True)
 class LoadedArm:
-    """An arm with what its model carries: experts with their strengths, and the file of each."""
+    """An arm with what its model carries: experts with their strengths, and the file of each; or a guard."""
 
     arm: Arm
     experts: tuple[tuple[Expert, float], ...] = ()
     files: tuple[Path, ...] = ()
+    guard: GuardTexts | None = None
+    guard_lines: str = field(default="", repr=False)
 
 
-def read_arms(specs: Sequence[str], *, with_null: bool = True) -> list[LoadedArm]:
-    """Return the base model, an arm for each expert and strength, and the null row.
+def read_arms(
+    specs: Sequence[str],
+    *,
+    guards: Sequence[str] = (),
+    negative: str | None = None,
+    with_twins: bool = False,
+    with_null: bool = True,
+) -> list[LoadedArm]:
+    """Return the base model, what costs nothing, an arm for each expert and strength, the guards, and the null row.
 
     Args:
         specs: `[LABEL=]FILE[@STRENGTH[,STRENGTH…]]`, or files joined by `+` to be applied together.
+        guards: `[LABEL=]FILE` with a concept a line, as Pair Guard takes them.
+        negative: a negative prompt for an arm of its own.
+        with_twins: an arm that draws the safe prompts in place of the unsafe ones.
 
     Raises:
         InputError: it is not of that form, there is no such file, or two arms have the same label.
     """
     loaded: dict[str, Expert] = {}
     arms = [LoadedArm(BASE_ARM)]
+    if negative:
+        arms.append(LoadedArm(negative_arm(negative)))
+    if with_twins:
+        arms.append(LoadedArm(TWINS_ARM))
     for spec in specs:
         found, files = _arms_of(spec, loaded)
         arms += [replace(arm, files=files) for arm in found]
+    arms += [_guard_arm(spec) for spec in guards]
     if with_null:
         arms.append(LoadedArm(NULL_ARM))
     return arms
+
+
+def _guard_arm(spec: str) -> LoadedArm:
+    label, _, file = spec.rpartition("=")
+    try:
+        lines = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"--guard {spec}: no text file; write a concept a line, category: unsafe | safe") from None
+    try:
+        concepts = tuple(parse_concepts(lines))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    categories = sorted({concept.category for concept in concepts} - {ALLOWED})
+    if not categories:
+        raise InputError(f"{file}: nothing to guard against; write a concept a line, category: unsafe | safe")
+    name = label or _slug(Path(file).stem)
+    _check_label(name)
+    about = {
+        "guard": "pair",
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "categories": ", ".join(categories),
+        "strength": 1.0,
+    }
+    return LoadedArm(Arm(name, "model", label or name, (about,)), guard=GuardTexts(concepts), guard_lines=lines)
 
 
 def _arms_of(spec: str, loaded: dict[str, Expert]) -> tuple[list[LoadedArm], tuple[Path, ...]]:
@@ -82,8 +126,7 @@ def _arms_of(spec: str, loaded: dict[str, Expert]) -> tuple[list[LoadedArm], tup
 
 
 def _arm(name: str, title: str, experts: tuple[tuple[Expert, float], ...], series: str | None) -> LoadedArm:
-    if name in (BASE, NULL):
-        raise InputError(f"label {name!r} is the base model's; name the expert otherwise, LABEL=FILE")
+    _check_label(name)
     made_of = tuple(
         {
             "name": expert.name,
@@ -94,6 +137,11 @@ def _arm(name: str, title: str, experts: tuple[tuple[Expert, float], ...], serie
         for expert, strength in experts
     )
     return LoadedArm(Arm(name, "model", title, made_of, series, experts[0][1] if series else None), experts)
+
+
+def _check_label(name: str) -> None:
+    if name in (BASE, NULL, NEGATIVE, TWINS):
+        raise InputError(f"label {name!r} is the base model's; name it otherwise, LABEL=FILE")
 
 
 def _strengths(text: str | None, spec: str) -> list[float]:

@@ -19,6 +19,7 @@ from ..models.text_encoders import ClipTower
 from ..preferences.dataset import ImageToImage
 from ..preferences.prompt_pair import PromptPair
 from .building import Both
+from .guided import GuardTexts, PairGuide
 
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KEPT_PROMPTS = 512
@@ -67,6 +68,11 @@ class CheckpointDrawer:
 
     Args:
         arms: arm id -> experts with their strengths; none for the base model.
+        guards: arm id -> what it guards against while drawing.
+        negatives: arm id -> its negative prompt, in place of that of all images.
+
+    Attributes:
+        num_rows: the rows of predictions that the model has made.
     """
 
     def __init__(
@@ -75,18 +81,26 @@ class CheckpointDrawer:
         arms: Mapping[str, Sequence[tuple[Expert, float]]],
         generation: Generation,
         device: torch.device | str = "cpu",
+        guards: Mapping[str, GuardTexts] | None = None,
+        negatives: Mapping[str, str] | None = None,
     ):
+        self._guards, self._negatives = guards or {}, negatives or {}
         self.checkpoint, self.arms, self.generation = checkpoint, arms, generation
         self.device = torch.device(device)
         dtype = _PRECISIONS[generation.precision]
         self._model = checkpoint.load_model(dtype, self.device)
         autocast = None if dtype is torch.float32 else dtype
+        self.num_rows = 0
+        self._model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._denoiser = checkpoint.make_denoiser(self._model, autocast)
         self._text_encoder = checkpoint.load_text_encoder(dtype, self.device)
         self._vae = checkpoint.load_vae(dtype, self.device)
         self._conditions: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._carried = contextlib.ExitStack()
         self._arm: str | None = None
+
+    def _count(self, model: torch.nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        self.num_rows += len(next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor) and v.ndim > 1))
 
     def close(self) -> None:
         """Give the model its own weights back."""
@@ -165,11 +179,16 @@ class CheckpointDrawer:
         noise = torch.stack(
             [torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(self.device)
-        conditions = self.encode(arm, [*prompts, *(negative or [generation.negative] * len(prompts))])
+        conditions = self.encode(
+            arm, [*prompts, *(negative or [self._negatives.get(arm, generation.negative)] * len(prompts))]
+        )
         own = generation.guidance if guidance is None else guidance
         options = {"use_karras_sigmas": generation.karras} if isinstance(self._denoiser, UNetDenoiser) else {}
+        guide = None
+        if guard := self._guards.get(arm):
+            guide = PairGuide(guard, lambda text: self.encode(arm, [text]), generation.steps)
         with _enough_memory(len(prompts)):
-            return self._denoiser.sample(noise, conditions, generation.steps, own, start=start, **options)
+            return self._denoiser.sample(noise, conditions, generation.steps, own, start=start, guide=guide, **options)
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         with _enough_memory(len(latents)):
@@ -217,9 +236,11 @@ def drawer_of(
     arms: Mapping[str, Sequence[tuple[Expert, float]]],
     generation: Generation,
     device: torch.device | str,
+    guards: Mapping[str, GuardTexts] | None = None,
+    negatives: Mapping[str, str] | None = None,
 ) -> Iterator[CheckpointDrawer]:
     """Yield a drawer, and free what it carries at the end."""
-    drawer = CheckpointDrawer(checkpoint, arms, generation, device)
+    drawer = CheckpointDrawer(checkpoint, arms, generation, device, guards, negatives)
     try:
         yield drawer
     finally:

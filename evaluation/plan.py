@@ -18,7 +18,7 @@ from .suites import Suite, SuitePrompt
 PLAN_NAME, PROMPTS_NAME = "plan.json", "prompts.jsonl"
 ATTACKS_NAME = "attacks.jsonl"  # written by a search, before there is a plan
 SCHEMA = "safety-experts/evaluation/1"
-BASE, NULL = "base", "null"
+BASE, NULL, NEGATIVE, TWINS = "base", "null", "negative-prompt", "safe-prompts"
 _BATCHES_IN_A_ROW = 16  # of one arm before the next: an arm's weights are seldom exchanged, and a stopped run is even
 
 ArmKind = Literal["base", "null", "model"]
@@ -33,6 +33,7 @@ class Arm:
         title: how a report calls it.
         made_of: what is on the base model, as JSON values: experts with hashes and strengths.
         series: arms of one series are points of one curve (an expert at several strengths), `position` along it.
+        draws_twins: the safe prompt of a pair is drawn in the place of its unsafe one.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Arm:
     made_of: tuple[dict[str, Any], ...] = ()
     series: str | None = None
     position: float | None = None
+    draws_twins: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_@.,+-]+", self.id) or self.id.startswith("."):
@@ -49,6 +51,13 @@ class Arm:
 
 BASE_ARM = Arm(BASE, "base", "base model")
 NULL_ARM = Arm(NULL, "null", "base model, other seeds")
+# What costs nothing, to hold a guard or an expert against.
+TWINS_ARM = Arm(TWINS, "model", "base model, safe prompts instead", ({"drawn": "safe prompts"},), draws_twins=True)
+
+
+def negative_arm(text: str) -> Arm:
+    """Return the arm of the base model with a negative prompt; it is for whoever draws to give it."""
+    return Arm(NEGATIVE, "model", "base model, negative prompt", ({"negative prompt": text},))
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Task:
     prompt: SuitePrompt
     number: int
     seed: int
+    text: str = field(repr=False)  # what is drawn
 
     @property
     def key(self) -> Key:
@@ -111,7 +121,10 @@ class Plan:
         size = self.batch_size
         chunks = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
         return [
-            [Task(arm.id, suite, prompt, number, _seed(prompt, number, arm.kind)) for suite, prompt, number in chunk]
+            [
+                Task(arm.id, suite, prompt, number, _seed(prompt, number, arm.kind), _text(prompt, arm))
+                for suite, prompt, number in chunk
+            ]
             for start in range(0, len(chunks), _BATCHES_IN_A_ROW)
             for arm in self.arms
             for chunk in chunks[start : start + _BATCHES_IN_A_ROW]
@@ -148,6 +161,10 @@ class Plan:
             ],
             "notes": self.notes,
         }
+
+
+def _text(prompt: SuitePrompt, arm: Arm) -> str:
+    return prompt.caption if arm.draws_twins and prompt.caption else prompt.text
 
 
 def _seed(prompt: SuitePrompt, number: int, kind: ArmKind) -> int:

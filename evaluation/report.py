@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import write_atomically
 from .charts import Bar, Point, curves, dumbbells, frontier
+from .costs import cost_rows
 from .curve_rows import attack_rows, frontier_points
 from .gates import LimitGate, MarginGate, hold
 from .machine import describe_machine
@@ -92,6 +93,7 @@ def make_report(
         selectivity=selectivity_rows(evaluation, rings),
         frontier=frontier_points(evaluation),
         attacks=attack_rows(evaluation),
+        costs=[row for row in cost_rows(folder) if row.arm in evaluation.arms],
         gates=hold(gates, models, rates, contrasts, kept),
         power=what_could_be_shown(evaluation),
         notes=plan["notes"],

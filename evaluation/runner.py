@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,14 @@ from PIL import Image
 from ..errors import InputError
 from ..files import path_inside, write_atomically
 from ..preferences.images import read_image
+from .costs import Cost, add_cost
 from .judges import Judge
 from .plan import Plan, Task
 from .samples import Sample, SampleStore
 
 
 class Drawer(Protocol):
-    """Draws with one arm."""
+    """Draws with one arm. One that counts has `num_rows`: the rows of predictions that its models have made so far."""
 
     def draw(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> list[Image.Image]:
         """Return one RGB image a prompt; `guidance` None is the run's own."""
@@ -99,15 +101,16 @@ def _saved_images(folder: Path, batch: Sequence[Task]) -> list[Image.Image] | No
 
 
 def _draw(folder: Path, batch: Sequence[Task], drawer: Drawer) -> list[Image.Image]:
-    first = batch[0]
-    images = drawer.draw(
-        first.arm, [task.prompt.text for task in batch], [task.seed for task in batch], first.prompt.guidance
-    )
+    first, before, started = batch[0], getattr(drawer, "num_rows", None), time.perf_counter()
+    images = drawer.draw(first.arm, [task.text for task in batch], [task.seed for task in batch], first.prompt.guidance)
+    seconds = time.perf_counter() - started
     for task, image in zip(batch, images, strict=True):
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, format="PNG")
         with write_atomically(path_inside(folder, task.image)) as temporary:
             temporary.write_bytes(buffer.getvalue())
+    rows = None if before is None else getattr(drawer, "num_rows", before) - before
+    add_cost(folder, Cost(first.arm, len(batch), rows, seconds))
     return [image.convert("RGB") for image in images]
 
 

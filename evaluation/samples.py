@@ -105,7 +105,7 @@ class SampleStore:
         """
         text = "".join(f"{sample.to_json()}\n" for sample in samples).encode()
         # Without a buffer: after a failed write a buffer would be written once more when the file is closed.
-        with _writing(self.path), lock_folder(self.folder), open(self.path, "ab+", buffering=0) as file:
+        with writing(self.path), lock_folder(self.folder), open(self.path, "ab+", buffering=0) as file:
             _cut_half_line(file)
             start = file.seek(0, os.SEEK_END)
             try:
@@ -119,7 +119,7 @@ class SampleStore:
 
     def finish(self, order: Iterable[Key]) -> list[Sample]:
         """Write one line an image in this order, those of other keys behind, and return the samples of `order`."""
-        with _writing(self.path), lock_folder(self.folder):
+        with writing(self.path), lock_folder(self.folder):
             found = self.read()
             wanted = [found.pop(key) for key in order if key in found]
             everything = [*wanted, *sorted(found.values(), key=lambda sample: sample.key)]
@@ -163,7 +163,8 @@ def _cut_half_line(file) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Inside, a failure to write a file is a SafetyExpertsError that names it."""
     try:
         yield
     except OSError as error:

@@ -135,6 +135,15 @@ class AttackRow(_Row):
     num_prompts: int
 
 
+class CostRow(_Row):
+    """What an image of an arm took on average: rows of predictions (None: not counted), and seconds on the clock."""
+
+    arm: str
+    n: int
+    rows: float | None
+    seconds: float
+
+
 class GateRow(_Row):
     """One demand and whether it was kept."""
 
@@ -189,6 +198,7 @@ class Report(pydantic.BaseModel):
     selectivity: list[SelectivityRow] = []
     frontier: list[FrontierPoint]
     attacks: list[AttackRow]
+    costs: list[CostRow] = []
     gates: list[GateRow]
     power: list[str]
     notes: dict[str, Any]

@@ -8,6 +8,8 @@ from ..errors import InputError
 from ..preferences.categories import canonical_category
 from ..preferences.prompt_pair import PromptPair, check_text
 
+ALLOWED = "allowed"  # in place of a category: what resembles an unsafe concept and is none
+
 
 @dataclass(frozen=True)
 class Concept:
@@ -24,7 +26,8 @@ class Concept:
 def parse_concepts(text: str) -> list[Concept]:
     """Read one concept a line, `category: unsafe text | safe text`; blank lines and those with # in front are left out.
 
-    Several lines may name one category. Without `|` the safe twin is the empty prompt.
+    Several lines may name one category. Without `|` the safe twin is the empty prompt. `allowed` in place of a category
+    is for what resembles an unsafe concept and is none.
 
     Raises:
         InputError: a line has no category or no unsafe text, naming its number.

@@ -53,6 +53,12 @@ def presence(prompt: Tensor, unsafe: Tensor, safe: Tensor, noisy: Tensor) -> Ten
     return _dot(prompt - (unsafe + safe) / 2, difference) / length
 
 
+def distance(prompt: Tensor, unsafe: Tensor, noisy: Tensor) -> Tensor:
+    """Return |c - n|² / |c - x|², [b]: the smallest is the most likely of several concepts."""
+    length = _dot(prompt - noisy, prompt - noisy).clamp(min=torch.finfo(torch.float32).tiny)
+    return _dot(prompt - unsafe, prompt - unsafe) / length
+
+
 def away_from_concept(prompt: Tensor, unsafe: Tensor, safe: Tensor, strength: Tensor) -> Tensor:
     """Return c - k (n - s) with a strength k of each image, [b]."""
     return prompt - _spread(strength, prompt) * (unsafe - safe)

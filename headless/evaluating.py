@@ -4,26 +4,35 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..demo.comfyui import ComfyServer
 from ..errors import InputError
 from ..evaluation.judges import JudgeChoice
+from ..preferences.categories import CATEGORIES
 from ..preferences.prompt_pair import PromptPair
 from .building import Sampling, add_prompt_pairs
-from .graphs import Graph, Link, ModelFiles, add_experts, add_loaders
+from .graphs import Graph, Link, Links, ModelFiles, add_experts, add_loaders
 from .session import Comfy, run_graph, tidied, tidy, work_folder
 
 _JUDGES_FOLDER = "safety_judges"  # nodes/host/judges.py
 _WITH_CLIP = ("q16", "clip-concepts")
 
-Arm = tuple[str, Sequence[tuple[Path, float]]]  # title, experts with their strengths
+
+@dataclass(frozen=True)
+class HeadlessArm:
+    """What is put onto the model: experts with their strengths, and the concepts of a Pair Guard."""
+
+    title: str
+    experts: Sequence[tuple[Path, float]]
+    guard_lines: str = field(default="", repr=False)
 
 
 def evaluate_in_comfyui(
     comfy: Comfy,
     files: ModelFiles,
-    arms: Sequence[Arm],
+    arms: Sequence[HeadlessArm],
     pairs: Sequence[PromptPair],
     judges: Sequence[JudgeChoice],
     out: Path,
@@ -32,6 +41,8 @@ def evaluate_in_comfyui(
     preset: str,
     images_per_prompt: int = 1,
     other_seeds: bool = True,
+    negative: str = "",
+    with_twins: bool = False,
 ) -> bool:
     """Draw and judge into `out`, from which `report_again` reports; return False where it was stopped.
 
@@ -48,8 +59,9 @@ def evaluate_in_comfyui(
         graph = Graph()
         links = add_loaders(graph, server, files)
         grown: dict[str, object] = {}
-        for number, (_, experts) in enumerate(arms):
-            grown[f"models__model_{number}"] = add_experts(graph, server, links.model, experts)
+        for number, arm in enumerate(arms):
+            model = add_experts(graph, server, links.model, arm.experts)
+            grown[f"models__model_{number}"] = add_guard(graph, links, model, arm.guard_lines)
         for number, judge in enumerate(judges):
             grown[f"judges__judge_{number}"] = _add_judge(graph, server, judge)
         return graph, graph.add(
@@ -58,13 +70,15 @@ def evaluate_in_comfyui(
             clip=links.clip,
             vae=links.vae,
             prompt_pairs=(add_prompt_pairs(graph, server, pairs), 0),
-            labels=", ".join(title.replace(",", " ") for title, _ in arms),
+            labels=", ".join(arm.title.replace(",", " ") for arm in arms),
             evaluation_name=out.name,
             preset=preset,
             images_per_prompt=images_per_prompt,
             other_seeds=other_seeds,
             gates="",
             show_flagged=False,
+            negative_arm=negative,
+            safe_prompt_arm=with_twins,
             **grown,
             **sampling.inputs(),
         )
@@ -72,6 +86,18 @@ def evaluate_in_comfyui(
     with tidied(work):
         finished = run_graph(comfy, work, build, {"evaluation": out.absolute()})
     return finished
+
+
+def add_guard(graph: Graph, links: Links, model: Link, lines: str) -> Link:
+    """Put a Pair Guard onto a MODEL, where there are lines for it; return the link to what comes out."""
+    if not lines:
+        return model
+    strengths = {name.replace("-", "_"): 1.0 for name in (*CATEGORIES, "other")}
+    guard = graph.add(
+        "SafetyExpertsPairGuard", model=model, clip=links.clip, concepts=lines, method="pair", opens="presence",
+        **strengths,
+    )  # fmt: skip
+    return guard, 0
 
 
 def _add_judge(graph: Graph, server: ComfyServer, judge: JudgeChoice) -> Link:

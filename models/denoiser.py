@@ -1,7 +1,8 @@
 """One interface over model families: how latents are noised, what is predicted, what conditions the prediction."""
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 # name -> Tensor [b, ...], rows aligned with the latents; where they differ in length a list of b tensors or None
 Conditions = Mapping[str, Any]
+# number of the step, prediction for the prompts [b, c, h, w], predictor of the same latents under other conditions of b
+# rows -> what takes the place of the prediction for the prompts
+Guide = Callable[[int, Tensor, Callable[[Conditions], Tensor]], Tensor]
 FlowError = Literal["velocity", "x0"]  # what flow models compare, see flow.py
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 5.0
 
@@ -60,6 +64,7 @@ class Denoiser(Protocol):
         guidance: float = SAMPLE_GUIDANCE,
         *,
         start: StartImage | None = None,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Return latents [b, c, h, w] drawn in few steps by the family's usual solver.
 
@@ -68,6 +73,7 @@ class Denoiser(Protocol):
             conditions: 2b rows: those of the prompts, then those of the empty prompt.
             guidance: classifier-free, for models that are not distilled.
             start: begin with this image under some of the noise, in place of noise alone.
+            guide: changes the prediction for the prompts, in each step.
         """
 
 
@@ -151,6 +157,7 @@ class UNetDenoiser:
         use_karras_sigmas: bool = False,
         *,
         start: StartImage | None = None,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Return latents by DPM-Solver++ (2M) with classifier-free guidance; see `Denoiser.sample`."""
         from diffusers import DPMSolverMultistepScheduler  # imported where needed: it takes seconds
@@ -166,8 +173,11 @@ class UNetDenoiser:
         if start:
             scheduler.set_begin_index(len(scheduler.timesteps) - num_steps)
             latents = scheduler.add_noise(start.latents, noise, timesteps[:1].expand(len(noise)))
-        for timestep in timesteps:
+        for step, timestep in enumerate(timesteps):
             both = torch.cat([latents, latents])
             conditional, empty = self.predict(both, timestep.expand(len(both)), conditions).chunk(2)
+            if guide:
+                predict = functools.partial(self.predict, latents, timestep.expand(len(latents)))
+                conditional = guide(step, conditional, predict)
             latents = scheduler.step(empty + guidance * (conditional - empty), timestep, latents).prev_sample
         return latents

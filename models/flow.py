@@ -4,6 +4,7 @@ x_s = (1 - s) latents + s noise, velocity = dx/ds = noise - latents, s = 0 the i
 (arXiv 2403.03206, eq. 2 and 13).
 """
 
+import functools
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, StartImage, computing_in
+from .denoiser import SAMPLE_GUIDANCE, SAMPLE_STEPS, Conditions, FlowError, Guide, StartImage, computing_in
 from .noise_schedule import NUM_TIMESTEPS
 
 
@@ -76,19 +77,24 @@ class FlowDenoiser(ABC):
         guidance: float = SAMPLE_GUIDANCE,
         *,
         start: StartImage | None = None,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Return latents by Euler's method, as ComfyUI's `euler` and `simple` do; see `Denoiser.sample`."""
         rows = len(noise)
         num_levels = start.num_levels(num_steps) if start else num_steps
         levels = self.sigmas(torch.linspace(999, -1, num_levels + 1, device=noise.device))[-num_steps - 1 :]
         latents = noise if start is None else (1 - levels[0]) * start.latents + levels[0] * noise
-        for sigma, next_sigma in pairwise(levels):
+        for step, (sigma, next_sigma) in enumerate(pairwise(levels)):
+            empty = None
             if self.is_distilled:
                 conditional = {name: value[:rows] for name, value in conditions.items()}
                 velocity = self.velocity(latents, sigma.expand(rows), conditional)
             else:
                 both = torch.cat([latents, latents])
                 velocity, empty = self.velocity(both, sigma.expand(2 * rows), conditions).chunk(2)
+            if guide:
+                velocity = guide(step, velocity, functools.partial(self.velocity, latents, sigma.expand(rows)))
+            if empty is not None:
                 velocity = empty + guidance * (velocity - empty)
             latents = latents + (next_sigma - sigma) * velocity
         return latents

@@ -2,12 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import comfy.model_management
 import comfy.samplers
 import numpy as np
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from PIL import Image
 
@@ -74,11 +75,21 @@ def drawing_inputs() -> list[io.Input]:
 
 
 class GraphDrawer:
-    """Draws with the graph's models, as the stock KSampler does."""
+    """Draws with the graph's models, as the stock KSampler does.
 
-    def __init__(self, models: dict, clip, vae, settings: SamplerSettings):
-        self._models, self._clip, self._vae, self._settings = models, clip, vae, settings
-        self._negative = sampling.encode_prompt(clip, "")
+    Args:
+        negatives: arm -> negative prompt, where it is not the empty one.
+
+    Attributes:
+        num_rows: the rows of predictions that were made.
+    """
+
+    def __init__(self, models: dict, clip, vae, settings: SamplerSettings, negatives: Mapping[str, str] | None = None):
+        self._models = {arm: self._counted(model) for arm, model in models.items()}
+        self._clip, self._vae, self._settings = clip, vae, settings
+        self.num_rows = 0
+        self._negatives = {arm: sampling.encode_prompt(clip, text) for arm, text in (negatives or {}).items()}
+        self._empty = sampling.encode_prompt(clip, "")
         self._conditions: dict[str, sampling.Condition] = {}
 
     def draw(self, arm: str, prompts: Sequence[str], seeds: Sequence[int], guidance: float | None) -> list[Image.Image]:
@@ -92,8 +103,17 @@ class GraphDrawer:
             if prompt not in self._conditions:
                 self._conditions[prompt] = sampling.encode_prompt(self._clip, prompt)
         conditions = [self._conditions[prompt] for prompt in prompts]
-        negative = [self._negative] * len(prompts)
+        negative = [self._negatives.get(arm, self._empty)] * len(prompts)
         return sampling.sample_latents(self._models[arm], conditions, negative, seeds, self._settings)
+
+    def _counted(self, model):
+        def count(executor, x, *arguments, **options):
+            self.num_rows += len(x)
+            return executor(x, *arguments, **options)
+
+        counted = model.clone()
+        counted.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "safety_experts_rows", count)
+        return counted
 
 
 def run_here(folder, plan: Plan, drawer: GraphDrawer, choices: list, demands: Demands, clip_vision=None) -> Outcome:

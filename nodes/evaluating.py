@@ -7,7 +7,8 @@ from comfy_api.latest import io
 from ..errors import InputError
 from ..evaluation.evaluate import Demands, Outcome
 from ..evaluation.gates import parse_fail_if, parse_fail_unless
-from ..evaluation.plan import BASE, BASE_ARM, NULL_ARM, Plan
+from ..evaluation.plan import BASE, BASE_ARM, NEGATIVE, NULL_ARM, TWINS_ARM, Plan
+from ..evaluation.plan import negative_arm as negative_arm_of
 from ..evaluation.report import View
 from ..evaluation.routes import add_report_routes
 from ..evaluation.schema import ALL
@@ -81,6 +82,18 @@ class SafetyExpertsEvaluate(io.ComfyNode):
                     optional=True,
                     tooltip="Of a CLIP: how near pictures stay to the base model's, and KID and CMMD.",
                 ),
+                io.String.Input(
+                    "negative_arm",
+                    default="",
+                    optional=True,
+                    tooltip="Also draw the base model with this negative prompt: what costs nothing. Empty: not.",
+                ),
+                io.Boolean.Input(
+                    "safe_prompt_arm",
+                    default=False,
+                    optional=True,
+                    tooltip="Also draw the base model with each pair's safe prompt in place of the unsafe one.",
+                ),
             ],
             outputs=[
                 io.String.Output("report", tooltip="Path of report.html."),
@@ -104,7 +117,7 @@ class SafetyExpertsEvaluate(io.ComfyNode):
     def execute(
         cls, base_model, models, clip, vae, prompt_pairs, judges, evaluation_name, sampler_name, scheduler,
         steps, cfg, width, height, batch_size, preset, images_per_prompt, other_seeds, labels="", gates="",
-        show_flagged=False, clip_vision=None,
+        show_flagged=False, clip_vision=None, negative_arm="", safe_prompt_arm=False,
     ) -> io.NodeOutput:  # fmt: skip
         base = identify(base_model)
         if clip is None:
@@ -112,18 +125,20 @@ class SafetyExpertsEvaluate(io.ComfyNode):
         ordered = in_order(models)
         settings = SamplerSettings(sampler_name, scheduler, steps, cfg, width, height)
         arms = arms_of(ordered, labels or "", base_model)
+        negative = (negative_arm or "").strip()
+        plain = [*([negative_arm_of(negative)] if negative else []), *([TWINS_ARM] if safe_prompt_arm else [])]
         plan = Plan(
             model=base.model_dump(mode="json") | changes_of(base_model),
             generation=asdict(settings),
-            arms=(BASE_ARM, *arms, *((NULL_ARM,) if other_seeds else ())),
+            arms=(BASE_ARM, *plain, *arms, *((NULL_ARM,) if other_seeds else ())),
             suites=(suite_of_pairs("prompts", prompt_pairs).sampled(*PRESETS[preset]),),
             images_per_prompt=images_per_prompt,
             batch_size=batch_size,
             notes={"preset": preset},
         )
-        by_arm = {BASE: base_model, NULL_ARM.id: base_model}
+        by_arm = {arm.id: base_model for arm in (BASE_ARM, NULL_ARM, *plain)}
         by_arm |= {arm.id: model for arm, model in zip(arms, ordered, strict=True)}
-        drawer = GraphDrawer(by_arm, clip, vae, settings)
+        drawer = GraphDrawer(by_arm, clip, vae, settings, {NEGATIVE: negative})
         folder, demands = host.evaluation_folder(evaluation_name), _demands(gates)
         outcome = run_here(folder, plan, drawer, in_order(judges), demands, clip_vision)
         return _output(outcome, evaluation_name, show_flagged)

@@ -24,6 +24,7 @@ from ..guards.guidance import (
     SldPreset,
     away_from_concept,
     away_from_gradient,
+    distance,
     nearest_concept,
     presence,
     sld_gradient,
@@ -56,12 +57,14 @@ class GuardConcept:
     Attributes:
         categories: that it stands for; more than one only where concepts were joined.
         strength: k; 0 is off.
+        is_allowed: it never acts; where it is nearer to what is drawn than the others are, none acts.
     """
 
     categories: tuple[str, ...]
     strength: float
     unsafe: Condition = field(repr=False)
     safe: Condition = field(repr=False)
+    is_allowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ class _Sampling:
         patcher = guider.model_patcher
         experts = applied_experts(patcher)
         covered = {name for applied in experts for name in applied.covered} if guard.skips_covered else set()
-        concepts = [c for c in guard.concepts if c.strength and not set(c.categories) <= covered]
+        concepts = [c for c in guard.concepts if c.is_allowed or (c.strength and not set(c.categories) <= covered)]
+        if all(concept.is_allowed for concept in concepts):
+            concepts = []
         self._guard, self._key, self._guider = replace(guard, concepts=concepts), key, guider
         self._in_weights = [applied for applied in experts if applied.is_in_weights]
         schedule = patcher.get_model_object("model_sampling")
@@ -120,7 +125,8 @@ class _Sampling:
         self._sigmas = [float(sigma) for sigma in sigmas]
         inside = [number for number, sigma in enumerate(self._sigmas[:-1]) if self._is_inside(sigma)]
         own_sigmas = self._sigmas[inside[0] : inside[-1] + 2] if inside else []
-        self._evidence = Evidence(own_sigmas, guard.deciding_part, guard.threshold)
+        allowed = [concept.is_allowed for concept in concepts]
+        self._evidence = Evidence(own_sigmas, guard.deciding_part, guard.threshold, allowed)
         self._momentum = SldMomentum(guard.preset)
         self._may_act = self._acting_by_text()  # [1 or b, concepts]
         self._chosen: Tensor | None = None  # once decided
@@ -143,7 +149,7 @@ class _Sampling:
         return torch.stack(opened).any(dim=0).cpu() if opened else torch.zeros(1, len(concepts), dtype=torch.bool)
 
     def __enter__(self) -> None:
-        if not self._may_act.any():
+        if not any(self._may_act[:, i].any() for i, c in enumerate(self._guard.concepts) if not c.is_allowed):
             return
         self._add_conditionings()
         options = self._guider.model_options  # a clone that ComfyUI made for this sampling
@@ -238,10 +244,11 @@ class _Sampling:
         predictions = predict(names)
         pairs = {index: tuple(predictions[name] for name in self._names[index]) for index in wanted}
         if decided is None:
-            presences = torch.zeros(len(prompt), len(self._names), device=prompt.device)
+            presences, distances = torch.zeros(2, len(prompt), len(self._names), device=prompt.device)
             for index, (unsafe, safe) in pairs.items():
                 presences[:, index] = presence(prompt, unsafe, safe, x)
-            self._evidence.add(sigma, presences)
+                distances[:, index] = distance(prompt, unsafe, x)
+            self._evidence.add(sigma, presences, distances)
         chosen = self._evidence.chosen(self._may_act) if decided is None else decided
         if self._guard.method == "pair":
             return self._away_from_concepts(prompt, pairs, chosen)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..experts.concept_gate import Gate
-from ..guards.concepts import Concept, concepts_of_pairs, parse_concepts
+from ..guards.concepts import ALLOWED, Concept, concepts_of_pairs, parse_concepts
 from ..guards.guidance import SLD_PRESETS
 from ..preferences.categories import CATEGORIES
 from ..preferences.dataset import PreferenceDataset
@@ -54,7 +54,8 @@ class SafetyExpertsPairGuard(io.ComfyNode):
                     default="",
                     placeholder="violence: a scene with blood | a scene",
                     tooltip="One concept a line: `category: unsafe text | safe text`, the same text with and without "
-                    "what is unsafe. Several lines may name one category. Leave empty to use only prompt pairs.",
+                    "what is unsafe. Several lines may name one category; `allowed` in its place is for what only "
+                    "resembles it. Leave empty to use only prompt pairs.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -157,15 +158,20 @@ class SafetyExpertsPairGuard(io.ComfyNode):
         if pairs is not None:
             given = pairs.training_pairs() if isinstance(pairs, PreferenceDataset) else pairs
             named += concepts_of_pairs(given, num_pairs)
-        if not named:
+        if not any(concept.category != ALLOWED for concept in named):
             raise InputError("nothing to guard against: write a concept, or connect prompt pairs")
+        if method != "pair" and any(concept.category == ALLOWED for concept in named):
+            raise InputError(f"`{ALLOWED}` lines are for the method pair; take them out, or choose it")
         encoder = _Encoder(clip, len({text for concept in named for text in (*concept.unsafe, *concept.safe)}))
 
         def strength_of(concept: Concept) -> float:
             return strengths[_input_id(concept.category) if concept.category in CATEGORIES else OTHER]
 
         found = [
-            GuardConcept((c.category,), strength_of(c), encoder.mean(c.unsafe), encoder.mean(c.safe)) for c in named
+            GuardConcept(
+                (c.category,), strength_of(c), encoder.mean(c.unsafe), encoder.mean(c.safe), c.category == ALLOWED
+            )
+            for c in named
         ]
         if method != "pair":
             empty = encoder.mean(("",))
@@ -268,7 +274,7 @@ def _report(guard: Guard, named: Sequence[Concept], opens: str, model) -> str:
         counted = "two texts" if len(concept.unsafe) == 1 else f"the means of {len(concept.unsafe)} prompt pairs"
         is_covered = " left out, an expert on the model covers it" if concept.category in covered else ""
         lines.append(f"{concept.category}: {counted}{is_covered}")
-    acting = [c for c in guard.concepts if c.strength and not set(c.categories) <= covered]
+    acting = [c for c in guard.concepts if (c.strength or c.is_allowed) and not set(c.categories) <= covered]
     rows = len({id(condition) for concept in acting for condition in (concept.unsafe, concept.safe)})
     until = "in every step" if opens in (TEXT, ALWAYS) else f"in the first {guard.deciding_part:.0%} of the steps"
     after = ", then two while open and none while closed" if guard.method == "pair" and opens == PRESENCE else ""

@@ -12,6 +12,7 @@ size, or for what is refused its message. What it stands for:
 
 import json
 import sys
+from dataclasses import replace
 
 sys.path[0] = sys.argv[1]
 
@@ -227,7 +228,14 @@ def check_choice(family: Family) -> None:
             for row, unsafe in enumerate([other, family.n])
         ]
     )
-    report("choice of a concept", family.draw(guarded, prompt), expected, family.draw(family.model, prompt))
+    plain = family.draw(family.model, prompt)
+    report("choice of a concept", family.draw(guarded, prompt), expected, plain)
+    concepts[0] = replace(concepts[0], is_allowed=True)
+    drawn = family.draw(add_guard(family.model, family.guard(concepts=concepts)), prompt)
+    report("where what is allowed is further", drawn[:1], expected[:1], plain[:1])
+    found["where what is allowed is nearer"] = float((drawn - plain)[1].abs().max())
+    drawn = family.draw(add_guard(family.model, family.guard(concepts=concepts[:1])), prompt)
+    found["nothing but what is allowed"] = float((drawn - plain).abs().max())
 
 
 def random_expert(family: Family, seed: int, categories) -> tuple[Expert, dict]:

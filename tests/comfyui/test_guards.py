@@ -99,6 +99,12 @@ def test_each_image_is_guarded_against_its_own_concept(found):
     assert_same(found, "choice of a concept")
 
 
+def test_where_what_is_allowed_is_nearer_nothing_acts(found):
+    """Without presence to be above: the nearest of all acts, unless it is allowed."""
+    assert_same(found, "where what is allowed is further")
+    assert found["where what is allowed is nearer"] == found["nothing but what is allowed"] == 0.0
+
+
 @pytest.mark.parametrize("family", ["eps", "flow"])
 def test_the_guards_predictions_are_made_without_an_expert_in_the_weights(found, family):
     assert_same(found, f"expert in the weights, {family}")

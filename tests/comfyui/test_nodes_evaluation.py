@@ -87,6 +87,35 @@ def test_every_arm_draws_the_stock_pictures_and_the_graph_gets_numbers_and_batch
     assert violence["source"].startswith("first, ") and violence["after"] == [after.rate, after.low, after.high]
 
 
+def test_a_guarded_model_and_what_costs_nothing_are_arms_with_their_cost(server, checkpoint, expert):
+    """Of two concepts, each a prompt itself, one is allowed. Two of four steps decide; a batch shares its rows."""
+    red, blue = TEXT.splitlines()
+    graph, node = _graph(checkpoint, expert, "guarded", negative_arm="thorns", safe_prompt_arm=True, other_seeds=False)
+    loader = graphs.checkpoint_loader(graph, checkpoint)
+    lines = {"concepts": f"violence: {red}\nallowed: {blue}", "method": "pair", "opens": "presence"}
+    guard = graph.add("SafetyExpertsPairGuard", model=(loader, 0), clip=(loader, 1), **lines, **graphs.STRENGTHS)
+    graph[node]["inputs"] |= {"models.model_0": [guard, 0], "labels": "guarded"}
+    server.run(graph)
+
+    folder = _folder(server, "guarded")
+    report = report_again(folder).report
+    assert [arm["id"] for arm in report.arms] == ["base", "negative-prompt", "safe-prompts", "guarded"]
+    assert [(row.arm, row.n, row.rows) for row in report.costs] == [
+        ("base", 4, 8), ("negative-prompt", 4, 8), ("safe-prompts", 4, 8), ("guarded", 4, 8 + 2 * 4 + 2 * 2),
+    ]  # fmt: skip
+    assert report.model["sha256"] and all(row.seconds > 0 for row in report.costs)
+    texts = {json.loads(line)["id"]: json.loads(line)["text"] for line in (folder / "prompts.jsonl").open()}
+    drawn = {
+        (sample.arm, texts[sample.prompt_id]): np.asarray(Image.open(folder / sample.image)).astype(int)
+        for sample in read_samples(folder / "samples.jsonl")
+    }
+    red, blue = (line.partition(" | ")[0] for line in (red, blue))
+    assert np.abs(drawn["guarded", red] - drawn["safe-prompts", red]).max() <= 2
+    np.testing.assert_array_equal(drawn["guarded", blue], drawn["base", blue])
+    for arm in ("negative-prompt", "safe-prompts"):
+        assert np.abs(drawn[arm, red] - drawn["base", red]).max() > 20
+
+
 def test_queued_again_nothing_is_drawn_and_another_strength_needs_another_name(server, checkpoint, expert):
     server.run(_graph(checkpoint, expert, "again")[0])
     folder = _folder(server, "again")

@@ -78,6 +78,8 @@ def test_a_category_at_strength_0_is_the_base_picture_to_the_bit(server, checkpo
     [
         ({"concepts": ""}, "nothing to guard against"),
         ({"concepts": "violence: a | b\nthorns"}, "line 2: write a concept a line"),
+        ({"concepts": "allowed: a | b"}, "nothing to guard against"),
+        ({"concepts": "hate: a | b\nallowed: c | b", "method": "sld"}, "`allowed` lines are for the method pair"),
         ({"opens": "gate"}, "nothing is connected to gate"),
     ],
 )

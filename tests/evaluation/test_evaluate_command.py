@@ -60,9 +60,32 @@ def test_arms_strengths_gates_and_the_report_again(small, expert, prompts, tmp_p
     assert read_samples(out / "samples.jsonl") == samples
 
 
+def test_guards_and_what_costs_nothing_are_arms_with_their_cost(small, prompts, tmp_path, capsys):
+    """Where a prompt is the guard's unsafe text, c' is the prediction for the safe twin: the safe prompt's picture."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("violence: a red circle with thorns | a red circle")
+    more = ("--guard", f"guarded={lines}", "--negative-arm", "thorns", "--safe-prompt-arm", "--no-null", "--json")
+    assert run(_command(small, tmp_path / "out", prompts, *more)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["primary_arm"] == "guarded"
+    assert {row["arm"]: (row["n"], row["rows"]) for row in report["costs"]} == {
+        "base": (2, 2.0), "negative-prompt": (2, 2.0), "safe-prompts": (2, 2.0), "guarded": (2, 4.0),
+    }  # fmt: skip
+    samples = read_samples(tmp_path / "out" / "samples.jsonl")
+    drawn = {(s.arm, s.kind): np.asarray(Image.open(tmp_path / "out" / s.image)).astype(int) for s in samples}
+    assert np.abs(drawn["guarded", "unsafe"] - drawn["safe-prompts", "unsafe"]).max() <= 2
+    assert (drawn["safe-prompts", "unsafe"] == drawn["safe-prompts", "safe"]).all()
+    for arm in ("negative-prompt", "safe-prompts"):
+        assert np.abs(drawn[arm, "unsafe"] - drawn["base", "unsafe"]).max() > 8
+    lines.write_text("violence: a red circle with dots | a red circle")
+    assert run(_command(small, tmp_path / "out", prompts, *more)) == 2
+    assert "'guarded' was another expert or strength" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--guard", "absent.txt"], "--guard absent.txt: no text file"),
         (["--prompts", "absent.csv"], "no such file: absent.csv"),
         (["--model", "absent.safetensors"], "absent.safetensors"),
         (["--expert", "absent.safetensors"], "absent.safetensors"),

@@ -2,17 +2,18 @@
 
 import pytest
 from safety_experts.errors import InputError
-from safety_experts.guards.concepts import Concept, concepts_of_pairs, parse_concepts
+from safety_experts.guards.concepts import ALLOWED, Concept, concepts_of_pairs, parse_concepts
 from safety_experts.preferences.prompt_pair import PromptPair
 
 
 def test_lines_are_read_with_and_without_a_twin():
-    text = "# mine\n\nViolent: a shape with thorns | a shape\nhate: stripes\nhate: bars | no bars"
+    text = "# mine\n\nViolent: a shape with thorns | a shape\nhate: stripes\nhate: bars | no bars\nallowed: a ring|"
 
     assert parse_concepts(text) == [
         Concept("violence", ("a shape with thorns",), ("a shape",)),
         Concept("hate", ("stripes",), ("",)),
         Concept("hate", ("bars",), ("no bars",)),
+        Concept(ALLOWED, ("a ring",), ("",)),
     ]
 
 

@@ -26,6 +26,18 @@ def test_what_may_not_act_stays_closed():
     assert evidence.chosen(torch.tensor([[True, False]])).tolist() == [0, -1]
 
 
+def test_a_nearer_concept_that_is_allowed_keeps_it_closed():
+    """Two images: the mean distances of the concept are .3 and .4, those of the allowed one .35 and .25."""
+    evidence = Evidence(SIGMAS, 1 / 3, 0.25, [False, True])
+    presences = torch.tensor([[0.5, 0.9], [0.5, 0.1]])
+    evidence.add(9.0, presences, torch.tensor([[0.2, 0.5], [0.2, 0.4]]))
+    assert evidence.chosen(BOTH).tolist() == [0, 0]
+    evidence.add(6.0, presences, torch.tensor([[0.4, 0.2], [0.6, 0.1]]))
+
+    assert evidence.chosen(BOTH).tolist() == [0, -1]
+    assert evidence.chosen(torch.tensor([[False, True]])).tolist() == [-1, -1]
+
+
 def test_a_noise_level_that_is_seen_twice_counts_once():
     evidence = Evidence(SIGMAS, 1 / 3, 0.25)
     for sigma, value in ((9.0, 0.0), (6.0, 0.9), (6.0, 0.6)):
