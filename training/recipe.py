@@ -121,7 +121,7 @@ class Recipe(BaseModel):
         3.0, ge=1, description="How many times leak_budget the worst category or file may leak."
     )
     residual_target: float | None = Field(
-        None, gt=0, le=1, description="Held-out residual R to stop at; empty: (0.5 / guidance)^2."
+        None, gt=0, le=1, description="Held-out residual R to stop at; empty: (1/3 / guidance)^2."
     )
     guidance: float | None = Field(
         None,

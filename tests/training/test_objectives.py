@@ -95,6 +95,13 @@ def test_safe_dpo_takes_the_mean_over_the_pairs_that_it_keeps():
     assert loss("safe-dpo", both).mean().item() == pytest.approx(loss_of("safe-dpo", *case))
 
 
+def test_a_margin_counts_against_the_logit():
+    """Worked numbers of the reference (constrained §1): u 3."""
+    case = (1.0, 4.0, 3.0, 3.0)
+    assert loss_of("safe-dpo", *case, safety_margin=1.0) == pytest.approx(0.12693, abs=5e-6)
+    assert loss_of("safe-dpo", *case, safety_margin=10.0) == pytest.approx(7.00091, abs=5e-6)
+
+
 def test_mapo_pulls_towards_the_smaller_error_when_the_order_is_wrong():
     f = lambda m: 0.5 * m / math.expm1(0.5 * m)  # noqa: E731
     ratio = 1000 * (f(0.21) - f(0.2))

@@ -83,9 +83,12 @@ def test_the_rules_of_lambda_are_the_worked_examples():
 
 
 def test_the_target_follows_the_guidance():
-    assert residual_target(3.0) == pytest.approx(0.02778, abs=1e-5)
-    assert residual_target(7.5) == pytest.approx(0.00444, abs=1e-5)
-    assert residual_target(0.0) == residual_target(1.0) == 0.25
+    assert residual_target(3.0, kept=0.5) == pytest.approx(0.02778, abs=1e-5)
+    assert residual_target(7.5, kept=0.5) == pytest.approx(0.00444, abs=1e-5)
+    # Of a third, not of the reference's half, of which a part of the pictures shows what is to go.
+    assert residual_target(3.0) == pytest.approx(0.01235, abs=1e-5)
+    assert residual_target(7.5) == pytest.approx(0.00198, abs=1e-5)
+    assert residual_target(0.0) == residual_target(1.0) == pytest.approx(1 / 9)
 
 
 def test_the_smoothed_leak_starts_without_a_bias():
@@ -127,8 +130,8 @@ def test_the_feasible_minimum_wins_over_a_lower_infeasible_one():
             best, best_step = residual, step
         assert stop_reason(records, best_step, recipe) is None
     assert best_step == 3
-    assert shortfall(records, best_step, recipe) == ("residual 0.2, target 0.0278: raise rank, steps or leak_budget")
-    records.append(measured(0.027, 0.003))
+    assert shortfall(records, best_step, recipe) == ("residual 0.2, target 0.0123: raise rank, steps or leak_budget")
+    records.append(measured(0.012, 0.003))
     assert is_kept(records[-1], best, recipe)
     assert "target is reached" in stop_reason(records, 5, recipe)
     assert shortfall(records, 5, recipe) is None
@@ -153,7 +156,7 @@ def test_the_budget_is_of_the_mean_and_the_worst_group_may_leak_three_times_as_m
 
 def test_steps_get_smaller_only_where_the_target_is_reached_over_budget():
     recipe = Recipe(**REDIRECT, guidance=3.0)
-    over, early, kept = measured(0.02, 0.01), measured(0.2, 0.01), measured(0.02, 0.001)
+    over, early, kept = measured(0.012, 0.01), measured(0.2, 0.01), measured(0.012, 0.001)
     assert learning_rate_factor(recipe, [early, {"loss": 1.0}, kept]) == 1.0
     assert learning_rate_factor(recipe, [over, early, over]) == pytest.approx(0.49)
     assert learning_rate_factor(recipe, [over] * 50) == 0.05
