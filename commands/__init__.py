@@ -26,6 +26,7 @@ COMMANDS = (
     "verifier",
     "guard",
     "train",
+    "soft-prompt",
     "merge",
     "protect",
     "convert",

@@ -3,7 +3,7 @@
     python comfyui_outputs.py COMFYUI_FOLDER OUT_FOLDER < models.json
 
 models.json: name -> description (see test_checkpoint_parity.py). Each gets a folder OUT_FOLDER/<name> with
-checkpoint.safetensors and outputs.safetensors.
+checkpoint.safetensors and outputs.safetensors, and where it names the keys of one an embedding, soft.safetensors.
 """
 
 import json
@@ -51,6 +51,7 @@ def write_outputs(folder: Path, description: dict) -> None:
     save_file(random_weights(description, generator), folder / "checkpoint.safetensors")
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
         str(folder / "checkpoint.safetensors"),
+        embedding_directory=str(folder),
         te_model_options={f"{tower['name']}_model_config": tower["config"] for tower in description["text_models"]},
     )
     with torch.inference_mode():
@@ -59,6 +60,14 @@ def write_outputs(folder: Path, description: dict) -> None:
         else:
             outputs = unet_outputs(model, description["unet"], generator)
         outputs |= text_outputs(clip)
+        if keys := description.get("soft_prompt"):
+            towers = zip(keys, description["text_models"], strict=True)
+            vectors = {
+                key: torch.randn(2, tower["config"]["hidden_size"], generator=generator) for key, tower in towers
+            }
+            save_file(vectors, folder / "soft.safetensors")
+            hidden, pooled = clip.encode_from_tokens(clip.tokenize(f"{PROMPTS[1]} embedding:soft"), return_pooled=True)
+            outputs |= {"soft.hidden_states": hidden, "soft.pooled": pooled}
         outputs |= vae_outputs(model, vae, generator)
     save_file({key: value.float().contiguous() for key, value in outputs.items()}, folder / "outputs.safetensors")
 

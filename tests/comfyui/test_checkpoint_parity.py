@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from safety_experts.demo.comfyui import find_comfyui
 from safety_experts.models.checkpoint import load_checkpoint
+from safety_experts.training.soft_prompt import FILE_KEYS, SoftPromptTower
 
 WORKER = Path(__file__).with_name("comfyui_outputs.py")
 PROMPTS = ["", "a red circle with thorns"]
@@ -60,6 +61,7 @@ MODELS = {
         "text_models": [tower("clip_l", "cond_stage_model.", 128, "quick_gelu")],
         "taesd": True,
         "numbers": {"first_stage_model.vae_scale": 0.3, "first_stage_model.vae_shift": 0.1},
+        "soft_prompt": FILE_KEYS["sd15"],
     },
     "sd20": {
         "unet": unet([1, 2], [1, 0], [1, 1, 0, 1], 1, 1024),
@@ -75,6 +77,7 @@ MODELS = {
         ],
         "taesd": True,
         "numbers": {"first_stage_model.vae_scale": 0.13025, "v_pred": [], "ztsnr": []},
+        "soft_prompt": FILE_KEYS["sdxl"],
     },
     "sd3": {  # as SD3.5 medium: normalised queries and keys, a second attention in the first block
         "transformer": "sd3",
@@ -191,6 +194,21 @@ def test_prompts_are_encoded_alike(checkpoint, theirs):
     assert_equal(conditions["hidden_states"], theirs["text.hidden_states"])
     if "pooled" in conditions:
         assert_equal(conditions["pooled"], theirs["text.pooled"])
+
+
+@pytest.mark.parametrize("family", FILE_KEYS, indirect=True)
+def test_a_soft_prompt_acts_as_the_embedding_that_its_file_is(checkpoint, theirs, folder, family):
+    """Both vectors stand behind the words; ComfyUI reads them from a file of the keys that ours are saved under."""
+    vectors = load_file(folder / family / "soft.safetensors")
+    encoded = []
+    for tower, key in zip(checkpoint.load_text_encoder().towers, FILE_KEYS[family], strict=True):
+        soft = SoftPromptTower(tower, 2, "circle")
+        soft.vectors.data = vectors[key]
+        encoded.append(soft.encode(soft.tokens(PROMPTS[1:])))
+    assert_equal(torch.cat([hidden for hidden, _ in encoded], dim=-1), theirs["soft.hidden_states"])
+    if encoded[-1][1] is not None:
+        assert_equal(encoded[-1][1], theirs["soft.pooled"])
+    assert (theirs["soft.hidden_states"] - theirs["text.hidden_states"][1:]).abs().max() > 0.1
 
 
 def test_images_are_encoded_and_decoded_alike(checkpoint, theirs):
