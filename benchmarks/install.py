@@ -85,7 +85,9 @@ def pack(comfy: str, work: Path) -> dict[str, Any]:
 
 def attempt(options: argparse.Namespace, interpreter: Path, tree: Path, archive: Path) -> dict[str, Any]:
     """Install into a bare ComfyUI and use it; `problem` says where it ended, if it did."""
-    venv, base = options.work / "venv", options.work / "base"
+    base = options.work / "base"
+    # A name of its own: uv keeps what it knows of an interpreter by its path.
+    venv = options.work / f"venv-{interpreter.name}-{tree.name}"
     python = venv / "bin" / "python"
     for folder in (base, venv):
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,6 +129,7 @@ def attempt(options: argparse.Namespace, interpreter: Path, tree: Path, archive:
     except (subprocess.CalledProcessError, urllib.error.URLError, RuntimeError, OSError, KeyError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         result["problem"] = " ".join(detail.split())[-600:]
+    shutil.rmtree(venv, ignore_errors=True)
     return result
 
 

@@ -97,11 +97,19 @@ def test_the_panel_is_used_while_training_and_after_a_reload(server, frontend):
     )
     panel = page.locator(".safety-run.panel")
     wait_for(panel, r"step \d+ of 400")
+    page.get_by_text("Unsaved Workflow").first.click()  # another tab, without the node, and back
+    page.wait_for_function("() => !app.graph._nodes.some(node => node.type === 'SafetyExpertsTrain')")
+    wait_for(panel, r"step \d+ of 400")
+    page.locator(".workflow-label", has_text="training").first.click()
+    wait_for(page.locator(".safety-run.node"), r"step \d+ of 400, .* left")
     plot = panel.locator(".u-over").first
     plot.hover(position={"x": 20, "y": 10})
     assert re.search(r"step \d+: [\d.]+, smoothed [\d.]+", panel.locator("figcaption").first.inner_text())
     wait_for(panel, r"step ([3-9]|\d\d+) of 400")
     keep(frontend, "training_panel_dark_1366")
+    panel.locator("input[type=range]").first.fill("0")  # smoothing
+    value = re.search(r"([\d.e-]+), smoothed ([\d.e-]+)", panel.locator("figcaption").nth(1).inner_text())
+    assert value[1] == value[2]
     page.set_viewport_size({"width": 1920, "height": 1080})
     page.evaluate("async () => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
     page.wait_for_function("() => document.querySelector('.safety-run.panel.light')")
