@@ -33,23 +33,43 @@ _LOOK = """() => app.graph._nodes.map(node => {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with ComfyServer(tmp_path_factory.mktemp("comfyui")) as server:
-        checkpoint = server.add_model(ensure_toy_checkpoint())
-        graph = Graph()
-        text = "a red circle with thorns | a red circle\na blue square with thorns | a blue square"
-        guard = graph.add(
-            "SafetyExpertsTrainPromptGuard",
-            clip=(graphs.checkpoint_loader(graph, checkpoint), 1),
-            prompt_pairs=(graphs.add_pairs(graph, text), 0),
-            name="toy_guard",
-            false_positive_rate=0.0,
-            steps=12,
-            seed=0,
-            leave_out=False,
-        )
-        graph.add("PreviewAny", source=(guard, 2))
-        server.run(graph)
+        server.add_model(ensure_toy_checkpoint())
         yield server
         server.check_log()
+
+
+@pytest.fixture(scope="module")
+def made(server) -> dict[str, str]:
+    """Names of an expert and of a prompt guard, both barely trained."""
+    checkpoint = ensure_toy_checkpoint().name
+    colours = ("blue", "green", "pink", "cyan", "yellow")
+    lines = [f"a {colour} {shape}" for colour in colours for shape in ("circle", "square")]
+    text = "\n".join(f"{line} with thorns | {line}" for line in lines)
+    graph = Graph()
+    guard = graph.add(
+        "SafetyExpertsTrainPromptGuard",
+        clip=(graphs.checkpoint_loader(graph, checkpoint), 1),
+        prompt_pairs=(graphs.add_pairs(graph, text), 0),
+        name="toy_guard",
+        false_positive_rate=0.0,
+        steps=12,
+        seed=0,
+        leave_out=False,
+    )
+    drawn = graphs.add_generation(graph, checkpoint, "pairs", "\n".join(text.splitlines()[:2]))
+    expert = graph.add(
+        "SafetyExpertsTrain",
+        dataset=(drawn, 0),
+        recipe=(graph.add("SafetyExpertsRecipe", recipe="toy", overrides="steps=2\nbatch_size=2"), 0),
+        checkpoint="(the one that drew the dataset)",
+        category="all",
+        recipe_name="toy",
+        expert_name="toy_safer",
+        sample_every=1,
+    )
+    shown = {"expert": graph.add("PreviewAny", source=(expert, 2)), "guard": graph.add("PreviewAny", source=(guard, 2))}
+    outputs = server.run(graph)["outputs"]
+    return {name: outputs[node]["text"][0] for name, node in shown.items()}
 
 
 @pytest.fixture(scope="module", params=SCREENS)
@@ -131,3 +151,73 @@ def test_the_template_browser_shows_every_template_with_its_picture(frontend):
         page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
     keep(frontend, "template_browser")
     page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("frontend", ["dark"], indirect=True)
+@pytest.mark.parametrize("name", ["5_use_every_day", "6_safe_generation"])
+def test_a_daily_template_runs_on_the_toy_checkpoint(server, frontend, made, name):
+    open_template(frontend, name)
+    frontend.set_widget("CheckpointLoaderSimple", ckpt_name=ensure_toy_checkpoint().name)
+    frontend.set_widget("SafetyExpertsLoad", expert_name=made["expert"])
+    frontend.set_widget("EmptyLatentImage", width=64, height=64)
+    if name == "6_safe_generation":
+        frontend.set_widget("SafetyExpertsCheckPrompt", file=made["guard"])
+        # The verifier needs CLIP ViT-L/14: no file of it is here.
+        frontend.page.evaluate("""() => {
+          const group = app.graph._groups.find(group => group.title.startsWith('5 '));
+          group.recomputeInsideNodes();
+          for (const node of group.nodes) if (node.type !== 'SaveImage') node.mode = 2;
+        }""")
+
+    entry = wait_until_done(server, frontend)
+    keep(frontend, f"ran_{name}")
+
+    assert [image for output in entry["outputs"].values() for image in output.get("images", [])]
+
+
+@pytest.mark.parametrize("frontend", ["dark"], indirect=True)
+def test_the_toy_template_goes_from_three_words_to_a_report(server, frontend):
+    open_template(frontend, TOY)
+
+    entry = wait_until_done(server, frontend, seconds=3000)
+    keep(frontend, f"ran_{TOY}")
+
+    said = "".join(text for output in entry["outputs"].values() for text in output.get("text", []))
+    assert "%" in said
+    assert (server.base_directory / "output" / "loras" / "toy_safer_00001_.preview.png").exists()
+
+
+def test_the_card_is_opened_from_the_side_bar(frontend, made):
+    page = frontend.page
+    page.get_by_role("button", name="Safety experts: the cards").click()
+    cards = page.frame_locator("iframe[title='Safety experts']")
+    cards.get_by_text(made["expert"].removesuffix(".safetensors")).first.click()
+    cards.get_by_text("SHA-256").wait_for()
+    keep(frontend, "card")
+    page.get_by_role("button", name="Safety experts: the cards").click()
+
+
+@pytest.mark.parametrize("frontend", ["dark"], indirect=True)
+def test_every_node_has_its_help_beside_it(server, frontend):
+    page = frontend.page
+    nodes = {name: about["display_name"] for name, about in server.object_info().items() if "SafetyExperts" in name}
+    frontend.open_workflow({"nodes": [], "links": [], "groups": [], "extra": {}, "version": 0.4}, "help")
+    for number, (name, title) in enumerate(nodes.items()):
+        page.evaluate(
+            """type => {
+              app.graph.clear();
+              const node = LiteGraph.createNode(type);
+              node.pos = [100, 200];
+              app.graph.add(node);
+              app.canvas.ds.scale = 0.6;
+              app.canvas.ds.offset = [300, 100];
+              app.canvas.selectNode(node);
+            }""",
+            name,
+        )
+        if number == 0:
+            page.get_by_test_id("info-button").click()
+        page.locator(".node-help-content h1", has_text=title).first.wait_for()
+        picture = page.locator(".node-help-content img").first
+        page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
+    keep(frontend, "help")
