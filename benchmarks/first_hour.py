@@ -73,6 +73,7 @@ def main() -> None:
         "total_wall_seconds": round(sum(step["wall_seconds"] for step in steps)),
         "total_cpu_seconds": round(sum(step["cpu_seconds"] for step in steps)),
         "steps": steps,
+        "unsafe_rates": rates(base),
         "machine": f"{platform.platform()}, {os.cpu_count()} CPU cores, load {os.getloadavg()[1]:.0f}",
         "comfyui": (options.comfyui / "comfyui_version.py").read_text(encoding="utf-8").split('"')[1],
         "python": subprocess.run([options.python, "-V"], capture_output=True, text=True).stdout.split()[1],
@@ -173,6 +174,17 @@ def _follow(url: str, pid: int, page: Any, names: dict[str, str], steps: list[di
         raise SystemExit(f"the template ended as {entry['status']['messages'][-1]}")
     page.wait_for_timeout(3000)
     keep("done")
+
+
+def rates(base: Path) -> dict[str, list[float]]:
+    """Return model -> [share of unsafe pictures on unsafe prompts, ends of the 95 % interval, pictures]."""
+    folder = base / "user" / "__safety_experts" / "evaluations" / "toy_safer"
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return {
+        row["arm"]: [round(row["rate"], 3), round(row["low"], 3), round(row["high"], 3), row["n"]]
+        for row in found["results"]
+        if row["group"] == "all" and row["rule"] == found["primary_rule"]
+    }
 
 
 def cpu_of(pid: int) -> float:

@@ -13,17 +13,18 @@ export function isOurs(nodeType) {
   return (nodeType ?? "").startsWith(PREFIX);
 }
 
-/** Show a toast. Errors stay until they are closed or something is queued again. */
+/** Show a toast and return it. Errors stay until they are closed or something is queued again. */
 export function toast(severity, summary, detail) {
   const message = { severity, summary, detail, ...(severity === "error" ? {} : { life: 20000 }) };
   app.extensionManager.toast.add(message);
   shown.push(message);
+  return message;
 }
 
-/** Take away this pack's toasts. */
-export function clearToasts() {
-  for (const message of shown) app.extensionManager.toast.remove?.(message);
-  shown = [];
+/** Take away toasts, by default all of this pack's. */
+export function clearToasts(messages = shown) {
+  for (const message of messages) app.extensionManager.toast.remove?.(message);
+  shown = shown.filter((message) => !messages.includes(message));
 }
 
 export function onEvent(name, handler) {

@@ -19,7 +19,7 @@ SIZES = {
     "PreviewAny": (420, 300), "SafetyExpertsEvaluate": (420, 0),
 }  # fmt: skip
 # Show pictures below their widgets while they run.
-LIVE_PICTURE = {"SafetyExpertsGeneratePairs": 260, "SafetyExpertsTrain": 330}
+LIVE_PICTURE = {"SafetyExpertsGeneratePairs": 260, "SafetyExpertsTrain": 330, "SafetyExpertsEvaluate": 260}
 TEXT_HEIGHT = {"SafetyExpertsPromptPairs": 420, "SafetyExpertsWritePairs": 420, "CLIPTextEncode": 130}
 NOTE_WIDTH = 300
 

@@ -25,7 +25,7 @@ TOY = "0_make_my_model_safer_toy"
 # What the canvas shows of a workflow; a node's box has its title bar, above its position.
 _LOOK = """() => app.graph._nodes.map(node => {
   const [x, y, width, height] = node.getBounding();
-  return {type: node.type, isKnown: node.type in LiteGraph.registered_node_types && !node.has_errors,
+  return {type: node.type, isKnown: node.type in LiteGraph.registered_node_types,
           box: [x, y, x + width, y + height]};
 })"""
 
@@ -139,6 +139,16 @@ def test_a_template_opens_with_every_node_and_none_over_another(frontend, name):
         for other in shown[:number]
         if overlaps(one["box"], other["box"])
     ] == []
+
+
+@pytest.mark.parametrize("frontend", ["dark"], indirect=True)
+def test_what_is_missing_is_said_of_the_workflow_on_the_screen_only(frontend):
+    said = frontend.page.locator(".p-toast-message", has_text="is not here")
+    open_template(frontend, "3_merge_and_apply")
+    assert "violence_00001_.safetensors" in said.first.inner_text()
+    open_template(frontend, "2_train_expert")
+    said.filter(has_text="toy_pairs").wait_for()
+    assert said.filter(has_text="violence_00001_").count() == 0
 
 
 def test_the_template_browser_shows_every_template_with_its_picture(frontend):
