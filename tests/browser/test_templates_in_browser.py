@@ -68,7 +68,9 @@ def made(server) -> dict[str, str]:
         sample_every=1,
     )
     shown = {"expert": graph.add("PreviewAny", source=(expert, 2)), "guard": graph.add("PreviewAny", source=(guard, 2))}
-    outputs = server.run(graph)["outputs"]
+    before = set(history(server))
+    server.queue(graph)
+    outputs = wait_for(server, before)["outputs"]
     return {name: outputs[node]["text"][0] for name, node in shown.items()}
 
 
@@ -102,21 +104,27 @@ def open_template(frontend: Frontend, name: str) -> None:
     page.wait_for_timeout(1500)
 
 
-def wait_until_done(server: ComfyServer, frontend: Frontend, seconds: int = 1500) -> dict:
-    """Press Run; return the new history entry when it has succeeded."""
+def history(server: ComfyServer) -> dict:
+    with urllib.request.urlopen(f"{server.url}/history") as answer:
+        return json.loads(answer.read())
 
-    def history() -> dict:
-        with urllib.request.urlopen(f"{server.url}/history") as answer:
-            return json.loads(answer.read())
 
-    before = set(history())
-    frontend.press_run()
+def wait_for(server: ComfyServer, before: set[str], seconds: int = 1500) -> dict:
+    """Return the history entry that was not there before, when it has succeeded."""
     deadline = time.monotonic() + seconds
-    while not (new := set(history()) - before):
+    while not (new := set(now := history(server)) - before):
         assert time.monotonic() < deadline, "it did not finish"
         time.sleep(1)
-    entry = history()[new.pop()]
+    entry = now[new.pop()]
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    return entry
+
+
+def run(server: ComfyServer, frontend: Frontend, seconds: int = 1500) -> dict:
+    """Press Run; return the history entry."""
+    before = set(history(server))
+    frontend.press_run()
+    entry = wait_for(server, before, seconds)
     frontend.page.wait_for_timeout(2000)  # pictures arrive after the last message
     return entry
 
@@ -156,8 +164,9 @@ def test_the_template_browser_shows_every_template_with_its_picture(frontend):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text("safety-experts", exact=True).click()
     for name in NAMES:
-        picture = page.get_by_test_id(f"template-workflow-{name}").locator("img").first
-        picture.scroll_into_view_if_needed()
+        card = page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()
+        picture = card.locator("img").first
         page.wait_for_function("image => image.naturalWidth > 0", arg=picture.element_handle())
     keep(frontend, "template_browser")
     page.keyboard.press("Escape")
@@ -179,7 +188,7 @@ def test_a_daily_template_runs_on_the_toy_checkpoint(server, frontend, made, nam
           for (const node of group.nodes) if (node.type !== 'SaveImage') node.mode = 2;
         }""")
 
-    entry = wait_until_done(server, frontend)
+    entry = run(server, frontend)
     keep(frontend, f"ran_{name}")
 
     assert [image for output in entry["outputs"].values() for image in output.get("images", [])]
@@ -189,7 +198,7 @@ def test_a_daily_template_runs_on_the_toy_checkpoint(server, frontend, made, nam
 def test_the_toy_template_goes_from_three_words_to_a_report(server, frontend):
     open_template(frontend, TOY)
 
-    entry = wait_until_done(server, frontend, seconds=3000)
+    entry = run(server, frontend, seconds=3000)
     keep(frontend, f"ran_{TOY}")
 
     said = "".join(text for output in entry["outputs"].values() for text in output.get("text", []))
