@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
-from ..files import path_inside, sha256_of_file
+from ..files import sha256_of_file
 from ..preferences.images import read_image
 from ..tensor_file import read_tensors
 from .distances import FRECHET_MIN, frechet
 from .plan import BASE, read_plan_json
 from .quality import write_distances
-from .samples import FILE_NAME, Sample, read_samples
+from .samples import FILE_NAME, Sample, read_picture, read_samples
 from .schema import DistanceRow
 
 REFERENCE, METRIC = "reference", "fid"
@@ -147,14 +147,17 @@ def measure_fid(
         by_arm.setdefault(sample.arm, []).append(sample)
     count = len(by_arm.get(BASE, []))
     check_enough(count, reference)
-    paths = [path_inside(folder, sample.image) for sample in latest.values()]
     chosen = list(reference.paths[:count]) if reference else []
-    total, done = len(paths) + len(chosen), 0
+    sources: list[Sample | Path] = [*latest.values(), *chosen]
+    total, done = len(sources), 0
     found: list[np.ndarray] = []
     for start in range(0, total, features.batch_size):
         if should_stop():
             return False
-        images = [_read(path) for path in [*paths, *chosen][start : start + features.batch_size]]
+        images = [
+            _read(source) if isinstance(source, Path) else read_picture(folder, source)
+            for source in sources[start : start + features.batch_size]
+        ]
         found.append(features.embed_images(images))
         done += len(images)
         on_progress(done, total)
@@ -162,7 +165,7 @@ def measure_fid(
     by_key = dict(zip(latest, everything, strict=False))
     arms = [arm["id"] for arm in read_plan_json(folder)["arms"] if arm["id"] in by_arm]
     vectors = {arm: {sample.pair_key: by_key[sample.key] for sample in by_arm[arm]} for arm in arms}
-    rows = fid_rows(vectors, features.version, everything[len(paths) :], _digest(chosen))
+    rows = fid_rows(vectors, features.version, everything[len(latest) :], _digest(chosen))
     write_distances(folder, rows, {METRIC})
     return True
 
@@ -204,7 +207,7 @@ def fid_rows(
 
 
 def _read(path: Path) -> Image.Image:
-    return read_image(path, (_FORMATS.get(path.suffix.lower(), "PNG"),), follow_links=True)
+    return read_image(path, (_FORMATS[path.suffix.lower()],), follow_links=True)
 
 
 def _digest(paths: Sequence[Path]) -> str:

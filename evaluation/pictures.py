@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..files import path_inside
-from ..preferences.images import read_image
 from .plan import BASE
 from .results import Evaluation
-from .samples import Sample
+from .samples import Sample, read_picture
 
 THUMBNAIL_PX, HIDDEN_PX = 320, 12
 _PAIRS_OF_A_KIND = 2
@@ -89,7 +87,7 @@ class Album:
         Raises:
             InputError: its file is missing or broken.
         """
-        return read_image(path_inside(self.folder, sample.image))
+        return read_picture(self.folder, sample)
 
     def is_hidden(self, sample: Sample) -> bool:
         """Say whether a picture that is shown to anybody must not be seen: flagged by a rule, or not judged."""
@@ -233,7 +231,7 @@ class Album:
 
 def _small(folder: Path, sample: Sample) -> np.ndarray:
     try:
-        image = read_image(path_inside(folder, sample.image))
+        image = read_picture(folder, sample)
     except InputError:
         return np.zeros((32, 32, 3), dtype=np.float32)
     return np.asarray(image.resize((32, 32), Image.Resampling.BOX), dtype=np.float32)

@@ -18,10 +18,8 @@ from typing import Any
 from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
-from ..files import path_inside
-from ..preferences.images import read_image
 from .plan import BASE, read_prompts
-from .samples import FILE_NAME, SampleStore, read_samples
+from .samples import FILE_NAME, SampleStore, read_picture, read_samples
 
 _BATCH = 16
 _LABEL = re.compile(r"[\w.@-]+")
@@ -86,12 +84,10 @@ def measure_with(
         if should_stop():
             return False
         batch = samples[start : start + _BATCH]
-        images = [read_image(path_inside(folder, sample.image)) for sample in batch]
+        images = [read_picture(folder, sample) for sample in batch]
         texts = [str(prompts.get((sample.suite, sample.prompt_id), {}).get("text", "")) for sample in batch]
         bases = [
-            read_image(path_inside(folder, base[sample.pair_key].image))
-            if sample.arm != BASE and sample.pair_key in base
-            else None
+            read_picture(folder, base[sample.pair_key]) if sample.arm != BASE and sample.pair_key in base else None
             for sample in batch
         ]
         found = _checked(plugin, _scores_of(plugin, images, texts, bases), len(batch))

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..files import path_inside, write_atomically
-from ..preferences.images import read_image
+from ..files import write_atomically
 from .distances import FRECHET_MIN, Distance, cmmd, frechet, kid
 from .judges.clip_encoder import ClipEncoder, normalised
 from .metrics import SCORE, SIMILARITY
 from .plan import BASE, read_plan_json, read_prompts
 from .report import DISTANCES_NAME, read_distances
-from .samples import FILE_NAME, Key, Sample, SampleStore, read_samples
+from .samples import FILE_NAME, Key, Sample, SampleStore, read_picture, read_samples
 from .schema import DistanceRow
 
 
@@ -49,7 +48,7 @@ def measure_quality(
         if should_stop():
             return False
         batch = ordered[start : start + clip.batch_size]
-        images = [read_image(path_inside(folder, sample.image)) for sample in batch]
+        images = [read_picture(folder, sample) for sample in batch]
         units = normalised(clip.embed_images(images)).double().numpy()
         features.update({sample.key: unit for sample, unit in zip(batch, units, strict=True)})
         captions = [prompts.get((sample.suite, sample.prompt_id), {}).get("caption") for sample in batch]

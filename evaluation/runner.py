@@ -60,7 +60,7 @@ def run_plan(
     batches = plan.batches()
     total, done = sum(len(batch) for batch in batches), 0
     for index, batch in enumerate(batches):
-        if index % num_processes == rank and not _is_complete(batch, known, judges, metrics or {}):
+        if index % num_processes == rank and not _is_complete(folder, batch, known, judges, metrics or {}):
             if should_stop():
                 return False
             images = _saved_images(folder, batch) or _draw(folder, batch, drawer)
@@ -74,10 +74,12 @@ def run_plan(
     return True
 
 
-def _is_complete(batch: Sequence[Task], known: Mapping, judges: Mapping, metrics: Mapping) -> bool:
+def _is_complete(folder: Path, batch: Sequence[Task], known: Mapping, judges: Mapping, metrics: Mapping) -> bool:
     for task in batch:
         sample = known.get(task.key)
         if sample is None or not judges.keys() <= _readers(sample) or not metrics.keys() <= _names(sample.metrics):
+            return False
+        if not (folder / task.image).is_file():  # somebody removed it
             return False
     return True
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pydantic
+from PIL import Image
 
 from ..errors import InputError, SafetyExpertsError
-from ..files import write_atomically
+from ..files import path_inside, write_atomically
+from ..preferences.images import read_image
 from ..preferences.locking import lock_folder
 from ..preferences.prompt_pair import parse_json_line
 
@@ -144,6 +146,20 @@ def read_samples(path: str | os.PathLike) -> list[Sample]:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
+
+
+def read_picture(folder: Path, sample: Sample) -> Image.Image:
+    """Return a sample's whole picture.
+
+    Raises:
+        InputError: its file is missing or broken.
+    """
+    try:
+        return read_image(path_inside(folder, sample.image))
+    except InputError:
+        path = folder / sample.image
+        what = "is no whole picture; remove it and" if path.exists() else "the picture is missing;"
+        raise InputError(f"{path}: {what} run the same `evaluate` again, which draws it anew") from None
 
 
 def _cut_half_line(file) -> None:

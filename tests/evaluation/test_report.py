@@ -10,7 +10,7 @@ from rendered_arms import RenderedArms, toy_oracle, toy_plan, toy_suite
 from safety_experts.commands import run as command
 from safety_experts.errors import InputError
 from safety_experts.evaluation.charts import Bar, Point, dumbbells, frontier
-from safety_experts.evaluation.evaluate import run
+from safety_experts.evaluation.evaluate import report_again, run
 from safety_experts.evaluation.report import read_report
 from safety_experts.evaluation.routes import find_file
 
@@ -152,3 +152,20 @@ def test_only_files_of_a_report_are_served(folder, file):
     picture = next(folder.glob("images/base/toy/*.png")).relative_to(folder).as_posix()
     assert find_file(lambda name: folder, "name", picture)[1] == "image/png"
     assert find_file(lambda name: folder, "../name", "report.html") is None
+
+
+def test_a_picture_that_is_gone_or_broken_is_named_and_drawn_again(tmp_path):
+    plan, folder = toy_plan(toy_suite(4)), tmp_path / "run"
+    run(folder, plan, RenderedArms(), [toy_oracle()])
+    picture = next((folder / "images" / "half").rglob("*.png"))
+    whole, lines = picture.read_bytes(), (folder / "samples.jsonl").read_bytes()
+    picture.write_bytes(whole[:60])
+    with pytest.raises(InputError, match=r"\.png: is no whole picture; remove it and run the same `evaluate` again"):
+        report_again(folder)
+    picture.unlink()
+    with pytest.raises(InputError, match="the picture is missing; run the same"):
+        report_again(folder)
+    drawer = RenderedArms()
+    run(folder, plan, drawer, [toy_oracle()])
+    assert picture.read_bytes() == whole and (folder / "samples.jsonl").read_bytes() == lines
+    assert drawer.drawn == {"half": 8}  # its batch
