@@ -1,4 +1,4 @@
-"""The proof of one model from end to end, as a user has it: the toy model, an expert at .25, .5 and 1, and a merge.
+"""The proof of one model from end to end, as a user has it: the toy model, an expert at several strengths, and a merge.
 
 `evaluate` draws and judges 48 prompts with each, and the base model with other seeds; then half as many through a real
 ComfyUI (the Evaluate Safety node). benchmarks/recount.py counts the pictures again, a Chromium opens both reports:
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "proof.json"
 CATEGORIES, FIRST_SEED = ("violence", "hate"), 3_000_000
 PAIRS = {"command": 12, "graph": 6}  # of each category
+STRENGTHS = {"command": "0.25,0.35,0.5,1", "graph": "0.25,0.5,1"}
+PRIMARY = {"command": "violence@0.35", "graph": "violence@0.5"}
 
 
 def main() -> None:
@@ -49,8 +51,7 @@ def main() -> None:
 def prove(work: Path, screenshots: Path | None) -> dict:
     experts = make_experts(work)
     comfyui = find_comfyui()
-    words = ["evaluate", "--model", sampler().checkpoint.path, "--expert", f"{experts[0]}@0.25,0.5,1"]
-    words += ["--expert", experts[1], "--judge", "toy-oracle"]
+    words = ["evaluate", "--model", sampler().checkpoint.path, "--judge", "toy-oracle"]
     words += ["--set", "toy-oracle.rule=own-mark"]
     words += ["--steps", STEPS, "--guidance", CFG, "--width", SIZE_PX, "--height", SIZE_PX, "--batch-size", 16]
     outside = ["--karras", "--tokenizer", comfyui / "comfy" / "sd1_tokenizer", "--metric", "toy-adherence", "--share"]
@@ -58,8 +59,8 @@ def prove(work: Path, screenshots: Path | None) -> dict:
     found = {}
     for name, more in (("command", outside), ("graph", inside)):
         folder, prompts = work / name, write_prompts(work / f"{name}.csv", PAIRS[name])
-        words_here = [*words, *more, "--prompts", prompts, "--device", "cpu", "--primary", "violence@0.5"]
-        seconds = evaluate(words_here, folder)
+        arms = ["--expert", f"{experts[0]}@{STRENGTHS[name]}", "--expert", experts[1], "--primary", PRIMARY[name]]
+        seconds = evaluate([*words, *more, *arms, "--prompts", prompts, "--device", "cpu"], folder)
         found[name] = recounted(folder) | look(folder, screenshots if name == "command" else None)
         found[name]["seconds"] = round(seconds, 1)
     return {

@@ -341,7 +341,7 @@ class View:
         return [
             Headline(
                 f"Safe prompts, worst list {row.worst_ring}: {percent(row.lost)} drawn as something else; with "
-                f"{percent(row.unsafe)} unsafe H is {row.h:.3f}.",
+                f"{percent(row.unsafe)} unsafe in its own categories H is {row.h:.3f}.",
                 "over-defensiveness",
                 "unclear",
             )
