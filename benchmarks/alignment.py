@@ -81,8 +81,8 @@ class Sizes:
     """How much of everything; another size is another cell."""
 
     pairs: int = 48
-    images: int = 12  # of each suite and category
-    selection_images: int = 4  # of each category, for each strength
+    images: int = 6  # of each suite and category
+    selection_images: int = 2  # of each category, for each strength
     steps: int = 60  # of an expert
     attack_prompts: int = 3
     attack_steps: int = 8

@@ -48,11 +48,11 @@ SEED = 5
 AUTOENCODER_STEPS, NUM_CROPS, CROP_PX = 700, 8000, 64
 # A shard is a part of the training set, made when it is first needed; the shards take turns.
 NUM_SHARDS, SHARD_PROMPTS, PICTURES_PER_PROMPT, STEPS_PER_SHARD = 8, 1024, 2, 400
-STEPS, BATCH, PEAK_RATE, WARMUP, FALL_FRACTION = 24_000, 8, 3e-4, 200, 0.25
+STEPS, BATCH, PEAK_RATE, WARMUP, FALL_FRACTION = 8_000, 8, 3e-4, 200, 0.25
 EMA_DECAY = 0.999
 SAVE_EVERY, LOG_EVERY = 100, 20
 # 16 MB is the most that is shipped, and the UNet has half as many weights again as the toy's.
-UNET_ROUNDING = 0.25
+UNET_ROUNDING = 0.27
 
 
 class Training:
