@@ -1,5 +1,5 @@
 // Experts' cards in ComfyUI: a side bar tab with all of them, and a small one on the Load node (drawn by web/cards/).
-import { addButton, addSidebarTab, isDark, onExecuted, register, settingOf, toggleSidebarTab, urlOf } from "./host.js";
+import { addButton, addElement, addSidebarTab, isDark, onExecuted, register, settingOf, toggleSidebarTab, urlOf } from "./host.js";
 
 const TAB = "safety-experts-cards";
 const NODE = "SafetyExpertsLoad";
@@ -63,7 +63,7 @@ register({
     addButton(node, "Open card", () => open(nameOf(node)));
     node.cardHolder = document.createElement("div");
     node.cardHolder.style.cssText = "width: 100%; overflow: hidden";
-    node.addDOMWidget("card", "safety-card", node.cardHolder, { serialize: false, getMinHeight: () => 0 });
+    addElement(node, "card", node.cardHolder, 0);
     node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1] + HEIGHT_PX]); // one of a saved workflow keeps its own
     const changed = node.onWidgetChanged;
     node.onWidgetChanged = function () {

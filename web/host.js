@@ -129,6 +129,12 @@ export function addButton(node, label, onClick) {
   return button;
 }
 
+/** Put an element into a node, below its widgets; it is no value of the workflow. */
+export function addElement(node, name, element, minHeight) {
+  const widget = node.addDOMWidget(name, "safety-experts", element, { serialize: false, getMinHeight: () => minHeight });
+  widget.serialize = false; // or the saved workflow has an empty value of it
+}
+
 /** Leave away the live picture of a node that shows the same in a widget of its own. */
 export function hideLivePicture(node) {
   node.hideOutputImages = true; // Nodes 2.0

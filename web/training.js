@@ -1,6 +1,6 @@
 // The training panel in ComfyUI: in the Train node, and as a tab of the bottom panel. What it is made of is loaded when
 // a panel is first shown (web/training/).
-import { addPanel, hideLivePicture, isDark, onEvent, onExecuted, onTheme, register, settingOf, urlOf } from "./host.js";
+import { addElement, addPanel, hideLivePicture, isDark, onEvent, onExecuted, onTheme, register, settingOf, urlOf } from "./host.js";
 
 const NODE = "SafetyExpertsTrain";
 const [WIDTH_PX, HEIGHT_PX] = [320, 310];
@@ -57,7 +57,7 @@ register({
     if (node.comfyClass !== NODE) return;
     const holder = makePanel("node", (runs) => runOf(node, runs));
     node.safetyPanel = holder;
-    node.addDOMWidget("training", "safety-run", holder, { serialize: false, getMinHeight: () => HEIGHT_PX });
+    addElement(node, "training", holder, HEIGHT_PX);
     node.setSize([Math.max(node.size[0], WIDTH_PX), node.size[1]]);
     hideLivePicture(node);
     const { onRemoved } = node;

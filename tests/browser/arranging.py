@@ -16,7 +16,7 @@ LANE = 18
 PICTURE = (320, 340)
 SIZES = {
     "PreviewImage": PICTURE, "SaveImage": (360, 400), "LossGraphNode": PICTURE, "SafetyExpertsCompare": (360, 420),
-    "PreviewAny": (420, 300), "SafetyExpertsEvaluate": (420, 0),
+    "PreviewAny": (420, 300), "SafetyExpertsEvaluate": (420, 0), "SafetyExpertsLoad": (320, 200),
 }  # fmt: skip
 # Show pictures below their widgets while they run.
 LIVE_PICTURE = {"SafetyExpertsGeneratePairs": 260, "SafetyExpertsTrain": 330, "SafetyExpertsEvaluate": 260}

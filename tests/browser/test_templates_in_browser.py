@@ -211,7 +211,7 @@ def test_the_card_is_opened_from_the_side_bar(frontend, made):
     page.get_by_role("button", name="Safety experts: the cards").click()
     cards = page.frame_locator("iframe[title='Safety experts']")
     cards.get_by_text(made["expert"].removesuffix(".safetensors")).first.click()
-    cards.get_by_text("SHA-256").wait_for()
+    cards.get_by_text("SHA-256", exact=True).wait_for()
     keep(frontend, "card")
     page.get_by_role("button", name="Safety experts: the cards").click()
 
