@@ -158,6 +158,17 @@ def test_a_mistake_shows_its_sentence_once_without_a_click(frontend, name):
     assert "custom_nodes" not in ours[0] and "InputError" not in ours[0]
 
 
+def test_a_gguf_file_without_its_pack_names_the_missing_node(frontend):
+    graph = native()
+    training = next(node for node in graph.values() if node["class_type"] == "SafetyExpertsTrain")
+    training["inputs"]["model"] = [graph.add("UnetLoaderGGUF", unet_name="flux1-dev-Q8_0.gguf"), 0]
+
+    frontend.open_api_graph(graph, "gguf")
+
+    frontend.page.get_by_text("Missing node: UnetLoaderGGUF").wait_for(timeout=30_000)
+    frontend.page.keyboard.press("Escape")
+
+
 def test_a_native_training_cancelled_at_random_steps_says_what_is_saved(server, frontend):
     """CANCELS=10 tries ten of them (benchmarks/native_cancels.py holds what is resumed against the uninterrupted)."""
     steps = 40
