@@ -1,14 +1,18 @@
-"""Train the toy SD1.5 twice from one seed: by its checkpoint (diffusers), and as ComfyUI's MODEL (native).
+"""Train a model twice from one seed: by its checkpoint (diffusers), and as ComfyUI's MODEL (native).
 
     COMFYUI_PATH=<ComfyUI> python benchmarks/native_parity.py [--steps 20] [--out benchmarks/results/native_parity.json]
+    COMFYUI_PATH=<ComfyUI> python benchmarks/native_parity.py --sdxl --out benchmarks/results/native_parity_sdxl.json
 
-Exit 1 unless the first preference loss is ln 2 to 1e-6 and the losses of all steps agree to 1e-4 (relative).
+The toy SD1.5, or the small random SDXL of tests/comfyui/test_checkpoint_parity.py (KOALA-700M's depths), for which
+conditions are random numbers: its text encoders are too small for ComfyUI. Exit 1 unless the first preference loss is
+ln 2 to 1e-6 and the losses of all steps agree to 1e-4 (relative).
 """
 
 import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +51,16 @@ def make_dataset(folder: Path) -> PreferenceDataset:
         pair = PromptPair(prompt_for(colour, "circle", "thorns"), prompt_for(colour, "circle"), ("violence",), seed)
         dataset.add(pair, *(render_scene(colour, "circle", mark, seed) for mark in (None, "thorns")))
     return dataset
+
+
+def save_small_sdxl(folder: Path) -> Path:
+    tests = Path(__file__).resolve().parents[1] / "tests" / "comfyui"
+    sys.path.insert(0, str(tests))
+    from test_checkpoint_parity import MODELS, WORKER
+
+    description = json.dumps({"sdxl": MODELS["sdxl"]})
+    subprocess.run([sys.executable, WORKER, ROOT, folder], input=description, text=True, check=True)
+    return folder / "sdxl" / "checkpoint.safetensors"
 
 
 def load_native(path: Path) -> NativeBase:
@@ -119,18 +133,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recipe", default="toy")
-    parser.add_argument("--checkpoint", type=Path, help="a small one; conditions are random numbers then")
+    parser.add_argument("--sdxl", action="store_true", help="the small random SDXL instead of the toy")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(ARGUMENTS)
-    folder, path = Path(tempfile.mkdtemp()), arguments.checkpoint or ensure_toy_checkpoint()
+    folder = Path(tempfile.mkdtemp())
+    path = save_small_sdxl(folder) if arguments.sdxl else ensure_toy_checkpoint()
     dataset = make_dataset(folder / "pairs")
     recipe = load_recipe(arguments.recipe, ["precision=fp32", "batch_size=2", f"steps={arguments.steps}"])
     tokenizer = Path(ROOT) / "comfy" / "sd1_tokenizer"
     checkpoint = load_checkpoint(path, tokenizer_folder=tokenizer)
-    if arguments.checkpoint:
+    if arguments.sdxl:
         checkpoint.load_text_encoder = lambda **_: Drawn(checkpoint._layout, ("hidden_states", "pooled"))
     by_checkpoint = train_expert(checkpoint, dataset, recipe, folder / "a.safetensors", device="cpu")
-    base = ModelAlone(checkpoint) if arguments.checkpoint else load_native(path)
+    base = ModelAlone(checkpoint) if arguments.sdxl else load_native(path)
     native = train_expert(base, dataset, recipe, folder / "b.safetensors", device="cpu", policy_loader=base.load_policy)
     found = {"family": checkpoint.family, **compare(by_checkpoint, native)}
     print(json.dumps(found, indent=2))

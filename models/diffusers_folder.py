@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from .clip_weights import ClipWeights
-from .denoiser import Denoiser, FlowError
 from .families import find_folder_family
 from .noise_schedule import Noise
+from .opened_checkpoint import OpenedCheckpoint
 from .t5 import T5Tower
 from .text_encoders import TextEncoder, load_tower
 from .tokenizer import load_t5_tokenizer, load_tokenizer
@@ -24,7 +23,7 @@ from .weights_file import WeightsFile, cached_sha256
 _PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 
-class DiffusersFolder:
+class DiffusersFolder(OpenedCheckpoint):
     """A Checkpoint (see checkpoint.py) read from a folder. Only safetensors weights are read, never the network.
 
     Raises:
@@ -52,22 +51,6 @@ class DiffusersFolder:
             ) from error
 
     @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def prediction_type(self) -> str:
-        return self.noise.prediction_type
-
-    @property
-    def id(self) -> CheckpointId:
-        return CheckpointId(name=self.name, sha256=self.sha256, family=self.family)
-
-    @property
-    def encoding_id(self) -> str:
-        return self.sha256[:16]
-
-    @property
     def sha256(self) -> str:
         files = sorted(file for part in _PARTS for file in (self.path / part).glob("*.safetensors"))
         lines = [f"{file.relative_to(self.path).as_posix()} {cached_sha256(file)}\n" for file in files]
@@ -77,11 +60,6 @@ class DiffusersFolder:
         import diffusers  # imported where needed: it takes seconds
 
         return self._load(getattr(diffusers, self._family.diffusers_class), self._family.part, dtype, device)
-
-    def make_denoiser(
-        self, model: nn.Module, autocast_dtype: torch.dtype | None = None, flow_error: FlowError = "velocity"
-    ) -> Denoiser:
-        return self._family.make_denoiser(model, self.noise, autocast_dtype, flow_error)
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
         tokenizer = load_tokenizer(self._tokenizer_folder)
@@ -134,6 +112,3 @@ class DiffusersFolder:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"cannot load {self.path}/{part}: {reason}; download the folder again") from error
         return model.to(device).requires_grad_(False).eval()
-
-    def __repr__(self) -> str:
-        return f"<{self.family} checkpoint {self.name}>"

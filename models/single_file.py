@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint_id import CheckpointId
 from ..errors import InputError
 from .clip_weights import ClipWeights
-from .denoiser import Denoiser, FlowError
 from .families import find_family
 from .noise_schedule import Noise
+from .opened_checkpoint import OpenedCheckpoint
 from .t5 import T5Tower, load_t5
 from .text_encoders import TextEncoder, load_tower
 from .tokenizer import load_t5_tokenizer, load_tokenizer
@@ -25,7 +24,7 @@ _T5_PREFIX = "text_encoders.t5xxl.transformer."
 _QUANTISATION_MARKS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant")
 
 
-class SingleFile:
+class SingleFile(OpenedCheckpoint):
     """A Checkpoint (see checkpoint.py) read from one file.
 
     Raises:
@@ -46,32 +45,11 @@ class SingleFile:
         self.noise: Noise = self._family.file_noise(self._file, self._prefix, self._layout)
 
     @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def prediction_type(self) -> str:
-        return self.noise.prediction_type
-
-    @property
-    def id(self) -> CheckpointId:
-        return CheckpointId(name=self.name, sha256=self.sha256, family=self.family)
-
-    @property
-    def encoding_id(self) -> str:
-        return self.sha256[:16]
-
-    @property
     def sha256(self) -> str:
         return cached_sha256(self.path)
 
     def load_model(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> nn.Module:
         return self._family.load(self._file, self._prefix, self._layout, dtype, device)
-
-    def make_denoiser(
-        self, model: nn.Module, autocast_dtype: torch.dtype | None = None, flow_error: FlowError = "velocity"
-    ) -> Denoiser:
-        return self._family.make_denoiser(model, self.noise, autocast_dtype, flow_error)
 
     def load_text_encoder(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TextEncoder:
         tokenizer = load_tokenizer(self._tokenizer_folder)
@@ -101,6 +79,3 @@ class SingleFile:
             f"{self.path} holds no {part} (keys {' or '.join(f'{prefix}*' for prefix in prefixes)}): use a full "
             "checkpoint or a diffusers folder, or join the parts in ComfyUI with Save Checkpoint"
         )
-
-    def __repr__(self) -> str:
-        return f"<{self.family} checkpoint {self.name}>"
