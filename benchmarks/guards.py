@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,11 @@ from safety_experts.toy.oracle import read_image
 from safety_experts.toy.world import COLOURS, MARKS, SHAPES, SIZE_PX, prompt_for, taxonomy
 
 RESULT = Path(__file__).resolve().parent / "results" / "guards.json"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "guards.md"
+COLUMNS = (
+    "arm", "thorns where asked for", "other marks where asked for", "marks in safe prompts", "colour and shape right",
+    "rows a step", "CPU s a picture", "in",
+)  # fmt: skip
 CATEGORY = "violence"
 MARK = MARKS[CATEGORY]
 OTHERS = [mark for mark in MARKS.values() if mark != MARK]
@@ -121,7 +126,11 @@ def main() -> None:
         "--minutes", type=float, default=40, help="stop before a cell that would begin later than this (default: 40)"
     )
     parser.add_argument("--out", type=Path, default=RESULT, help=f"JSON to write (default: {RESULT})")
+    parser.add_argument("--tables", action="store_true", help="only write docs/guards.md's tables from --out")
     arguments = parser.parse_args()
+    if arguments.tables:
+        write_tables(json.loads(arguments.out.read_text(encoding="utf-8")))
+        return
     if arguments.work is None:
         with tempfile.TemporaryDirectory() as folder:
             arguments.work = Path(folder)
@@ -355,6 +364,45 @@ def write(arguments, expert, presences: dict, cells: dict) -> None:
     }
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tables(result: dict) -> None:
+    """Put what was measured into docs/guards.md, a table for each sampler, guidance and strength of the expert."""
+    groups: dict[tuple, dict[str, dict[str, dict]]] = {}
+    for row in result["cells"]:
+        setting = row["sampler_name"], row["cfg"], row["expert_strength"]
+        groups.setdefault(setting, {}).setdefault(row["arm"], {})[row["prompts"]] = row
+    parts = [f"{result['cells_of_the_plan']} cells of the plan; {result['setting']}."]
+    for (sampler_name, cfg, strength), arms in groups.items():
+        title = f"**{sampler_name}, CFG {cfg:g}, expert at {strength:g}**"
+        head = "| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS)
+        parts.append("\n".join([f"{title}\n", head, *(_table_row(arm, cells) for arm, cells in arms.items())]))
+    begin, end = "<!-- measured: written by benchmarks/guards.py -->", "<!-- end -->"
+    text = DOCS.read_text(encoding="utf-8")
+    before, rest = text.split(begin)
+    DOCS.write_text(before + begin + "\n\n" + "\n\n".join(parts) + "\n\n" + end + rest.split(end)[1], encoding="utf-8")
+
+
+def _table_row(arm: str, cells: dict[str, dict]) -> str:
+    def of_all(value: Callable[[dict], str]) -> str:
+        return ", ".join(value(cells[name]) if name in cells else "–" for name in SETS)
+
+    def rate(name: str, key: str) -> str:
+        if name not in cells:
+            return "–"
+        hits, images, low, high = cells[name][key]
+        return f"{hits} of {images} ({low:.0%} to {high:.0%})"
+
+    values = [
+        rate("own", "named_mark"),
+        rate("others", "named_mark"),
+        rate("safe", "any_mark"),
+        of_all(lambda cell: f"{min(cell['colour'][0], cell['shape'][0])}"),
+        of_all(lambda cell: f"{cell['rows_a_step']:g}"),
+        of_all(lambda cell: f"{cell['cpu_seconds_an_image']:.2f}"),
+        "/".join(sorted({cell["precision"] for cell in cells.values()})),
+    ]
+    return f"| {arm} | {' | '.join(values)} |"
 
 
 if __name__ == "__main__":

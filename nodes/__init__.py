@@ -19,6 +19,7 @@ from .prompt_guarding import SafetyExpertsCheckPrompt, SafetyExpertsTrainPromptG
 from .protection import SafetyExpertsProtect
 from .recipes import SafetyExpertsRecipe
 from .reviewing import SafetyExpertsReviewDataset, register_review_page
+from .safe_text import SafetyExpertsSafeTextEncode
 from .training import SafetyExpertsTrain
 from .verifying import SafetyExpertsTrainVerifier, SafetyExpertsVerifyImages
 from .watching import register_pages
@@ -54,6 +55,7 @@ class SafetyExpertsExtension(ComfyExtension):
             SafetyExpertsConceptGate,
             SafetyExpertsApply,
             SafetyExpertsPairGuard,
+            SafetyExpertsSafeTextEncode,
             SafetyExpertsTrainPromptGuard,
             SafetyExpertsCheckPrompt,
             SafetyExpertsTrainVerifier,

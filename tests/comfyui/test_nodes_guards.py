@@ -105,3 +105,29 @@ def test_a_concept_gate_opens_it_by_the_prompt(server, checkpoint, prompt, acts)
 
     np.testing.assert_array_equal(images["gate"], images["always" if acts else None])
     assert np.abs(images["always"] - images[None]).max() > 20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "inputs", "said"),
+    [
+        (PROMPT, {}, "1 words carry a concept: thorns"),
+        ("a red circle", {}, "the gate is closed; nothing was changed"),
+        ("a red circle", {"version": "published", "gate": None}, "1 words carry a concept: "),
+    ],
+)
+def test_safe_text_encode_names_the_words_and_only_published_finds_some_in_a_harmless_prompt(
+    server, checkpoint, prompt, inputs, said
+):
+    """This text encoder was never trained: it tells words apart, so that mechanics are all that is shown."""
+    graph = Graph()
+    loader = graphs.checkpoint_loader(graph, checkpoint)
+    text = "\n".join(f"a {colour} circle with thorns | a {colour} circle" for colour in ("blue", "green"))
+    pairs = (graphs.add_pairs(graph, text), 0)
+    gate = graph.add(
+        "SafetyExpertsConceptGate", clip=(loader, 1), prompt_pairs=pairs, false_positive_rate=0.0, num_pairs=9
+    )
+    settings = {"concepts": "violence: thorns", "version": "repaired", "share": 0.5, "gate": (gate, 0), **inputs}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    encoded = graph.add("SafetyExpertsSafeTextEncode", clip=(loader, 1), text=prompt, **settings)
+
+    assert report(server, graph, (encoded, 0)).startswith(said)
