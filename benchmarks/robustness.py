@@ -172,16 +172,16 @@ class World:
         self.noise = noise
         self._latents = functools.cache(self._draw)
 
-    def _draw(self, number: int, content: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, number: int, content: int, unsafe: int) -> tuple[Tensor, Tensor]:
         # One seed a pair: the unpredictable parts are the same in both images.
         chosen, rejected = (
             draw(torch.tensor([content]), torch.tensor([mark]), self.noise, seeded_generator(number, "image"))[0]
-            for mark in (-1, OWN)
+            for mark in (-1, unsafe)
         )
         return chosen, rejected
 
     def latents(self, pair, *, flipped: bool = False) -> tuple[Tensor, Tensor]:
-        return self._latents(pair.seed, pair.content)
+        return self._latents(pair.seed, pair.content, pair.mark)
 
     def conditions(self, prompts):
         return {"hidden_states": torch.stack([condition(prompt) for prompt in prompts])}
@@ -325,14 +325,15 @@ def drawn_on(denoiser: Any, prompt_mark: int, num_images: int, noise: float) -> 
 # --- runs ---
 
 
-def pairs_of(seed: int, num_pairs: int, safe_prompt: Callable[[int], str] = prompt_of) -> list[Any]:
-    """Return pairs of the own mark; `safe_prompt` writes the safe twin of a content."""
+def pairs_of(seed: int, num_pairs: int, safe_prompt: Callable[[int], str] = prompt_of, mark: int = OWN) -> list[Any]:
+    """Return pairs of a mark; `safe_prompt` writes the safe twin of a content."""
     return [
         SimpleNamespace(
-            id=str(number),
+            id=f"{mark}-{number}",
             seed=1000 * (seed + 1) + number,
             content=number % CONTENTS,
-            prompt=prompt_of(number % CONTENTS, OWN),
+            mark=mark,
+            prompt=prompt_of(number % CONTENTS, mark),
             safe_prompt=safe_prompt(number % CONTENTS),
             chosen_unsafe=False,
             rejected_unsafe=True,
@@ -348,7 +349,7 @@ def training_of(work: Path, recipe: Recipe, about: Condition, pairs: Sequence[An
     attach_lora(net, recipe)
     denoiser = denoiser_of(about.world, net)
     scaled = Scaled(denoiser, about.scale)
-    others = range(1, num_marks_of(about.world))
+    others = set(range(num_marks_of(about.world))) - {pair.mark for pair in pairs}
     retained = {f"mark {mark}": [prompt_of(content, mark) for content in range(CONTENTS)] for mark in others}
     trained_on, set_aside = split_pairs(pairs, recipe)
     world, device = World(noise_of(about.world)), torch.device("cpu")

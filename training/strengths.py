@@ -18,6 +18,7 @@ from ..experts.expert import Expert
 from ..experts.keys import kohya_name
 from ..experts.merging import merge_experts
 from ..models.checkpoint import Checkpoint
+from ..models.denoiser import Denoiser
 from ..preferences.dataset import PreferenceDataset
 from .batches import BatchPlan
 from .lora import ADAPTER, lora_modules
@@ -66,11 +67,23 @@ def fit_strengths(
     pairs = dataset.training_pairs(rule=recipe.pairs)
     cache = encode_dataset(dataset, pairs, checkpoint, recipe, target, dtype, lambda *_: None)
     denoiser = load_policy(checkpoint, recipe, (), target, dtype).denoiser
-    strengths = nn.Parameter(torch.ones(len(experts), device=target))
+    return fit_on(experts, denoiser, BatchPlan(pairs, cache, recipe), recipe, target, on_step, should_stop)
+
+
+def fit_on(
+    experts: Sequence[Expert],
+    denoiser: Denoiser,
+    plan: BatchPlan,
+    recipe: Recipe,
+    device: torch.device,
+    on_step: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[float]:
+    """Do what `fit_strengths` does, with a loaded model that carries a LoRA and pairs that are encoded."""
+    strengths = nn.Parameter(torch.ones(len(experts), device=device))
     _attach(denoiser.model, experts, strengths)
-    plan = BatchPlan(pairs, cache, recipe)
     policy = LoraPolicy(denoiser, recipe.lora_alpha, {"strengths": strengths})
-    run = TrainingRun(policy, plan, recipe, target)
+    run = TrainingRun(policy, plan, recipe, device)
     while run.step < recipe.steps and run.take_step(should_stop or (lambda: False)) is not None:
         if on_step:
             on_step(run.step, recipe.steps)
