@@ -1,10 +1,11 @@
 """How much memory a training step needs beside the weights, roughly: what is loaded of a MODEL leaves so much free."""
 
+import math
 import statistics
 
 import comfy.model_management
 
-from . import block_checkpoint
+from . import block_checkpoint, packed
 from .adapters import Adapters
 
 _SIZE_PX, _PX_PER_TOKEN, _TEXT_TOKENS = 1024, 16, 256
@@ -26,6 +27,8 @@ def room_bytes(patcher, adapters: Adapters, rows: int) -> float:
         return _TIMES_DRAWING * patcher.memory_required([rows, model.latent_format.latent_channels, side, side])
     width = statistics.mode(adapter.down.shape[1] for adapter in adapters.by_name.values())
     tokens = (_SIZE_PX // _PX_PER_TOKEN) ** 2 + _TEXT_TOKENS
-    num_blocks = len(block_checkpoint.blocks_of(model.diffusion_model))
-    item_bytes = comfy.model_management.dtype_size(model.get_dtype_inference())
-    return (num_blocks + _BLOCK_PEAK) * rows * tokens * width * item_bytes
+    blocks = block_checkpoint.blocks_of(model.diffusion_model)
+    numbers = (len(blocks) + _BLOCK_PEAK) * rows * tokens * width
+    if packed.is_gguf(patcher):  # a block's weights, unpacked and saved as a copy
+        numbers += 2 * max(sum(math.prod(weight.shape) for weight in block.parameters()) for block in blocks)
+    return numbers * comfy.model_management.dtype_size(model.get_dtype_inference())
