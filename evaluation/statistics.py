@@ -185,20 +185,26 @@ def contrast_by_prompt(pairs: Mapping[Any, Sequence[tuple[bool, bool]]]) -> Cont
     if not flat:
         raise ValueError("a contrast needs at least one pair")
     cells = ((True, True), (True, False), (False, True), (False, False))
-    table = tuple(flat.count(cell) for cell in cells)
+    both, only_before, only_after, neither = (flat.count(cell) for cell in cells)
     if len(flat) == len(pairs):
-        return paired_contrast(*table)
-    sides: list[tuple[float, float, float]] = []
-    influences = []
-    for side in (0, 1):
-        sums, counts = _sums_and_counts(
-            {prompt: [float(pair[side]) for pair in images] for prompt, images in pairs.items()}
-        )
-        influences.append(_influence(sums, counts))
-        share = float(sums.sum() / counts.sum())
-        sides.append((share, *_share_interval(share, influences[-1])))
-    low, high = _joined_interval(sides[0], sides[1], _correlation_by_prompt(*influences, len(flat)))
-    return Contrast(*table, sides[1][0] - sides[0][0], low, high, None, None, "newcombe by prompt", len(influences[0]))
+        return paired_contrast(both, only_before, only_after, neither)
+    (before, its), (after, others) = (_side_by_prompt(pairs, side) for side in (0, 1))
+    low, high = _joined_interval(before, after, _correlation_by_prompt(its, others, len(flat)))
+    difference = after[0] - before[0]
+    return Contrast(
+        both, only_before, only_after, neither, difference, low, high, None, None, "newcombe by prompt", len(its)
+    )
+
+
+def _side_by_prompt(
+    pairs: Mapping[Any, Sequence[tuple[bool, bool]]], side: int
+) -> tuple[tuple[float, float, float], np.ndarray]:
+    """Return ((rate, low, high), influence of each prompt) of the outcomes before (0) or after (1)."""
+    sums, counts = _sums_and_counts(
+        {prompt: [float(pair[side]) for pair in images] for prompt, images in pairs.items()}
+    )
+    influence, share = _influence(sums, counts), float(sums.sum() / counts.sum())
+    return (share, *_share_interval(share, influence)), influence
 
 
 def _correlation_by_prompt(before: np.ndarray, after: np.ndarray, num_images: int) -> float:

@@ -144,7 +144,7 @@ def run_here(folder, plan: Plan, drawer: GraphDrawer, choices: list, demands: De
         )
         if clip and outcome.finished:
             measured = measure_quality(
-                folder, clip, on_progress=lambda *counts: show(*counts, []), should_stop=progress.is_cancelled
+                folder, clip, on_progress=lambda done, total: show(done, total, []), should_stop=progress.is_cancelled
             )
             outcome = conclude(folder, plan, demands=demands, finished=measured)
     except comfy.model_management.InterruptProcessingException:  # in the middle of a batch
