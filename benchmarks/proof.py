@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from safety_experts.demo.comfyui import find_comfyui
@@ -30,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "proof.json"
 CATEGORIES, FIRST_SEED = ("violence", "hate"), 3_000_000
 PAIRS = {"command": 12, "graph": 6}  # of each category
-STRENGTHS = {"command": "0.25,0.35,0.5,1", "graph": "0.25,0.5,1"}
-PRIMARY = {"command": "violence@0.35", "graph": "violence@0.5"}
+STRENGTHS = {"command": "0.25,0.35,0.42,0.46,0.5,1", "graph": "0.25,0.5,1"}
+PRIMARY = {"command": "violence@0.46", "graph": "violence@0.5"}
 
 
 def main() -> None:
@@ -60,9 +59,8 @@ def prove(work: Path, screenshots: Path | None) -> dict:
     for name, more in (("command", outside), ("graph", inside)):
         folder, prompts = work / name, write_prompts(work / f"{name}.csv", PAIRS[name])
         arms = ["--expert", f"{experts[0]}@{STRENGTHS[name]}", "--expert", experts[1], "--primary", PRIMARY[name]]
-        seconds = evaluate([*words, *more, *arms, "--prompts", prompts, "--device", "cpu"], folder)
+        evaluate([*words, *more, *arms, "--prompts", prompts, "--device", "cpu"], folder)
         found[name] = recounted(folder) | look(folder, screenshots if name == "command" else None)
-        found[name]["seconds"] = round(seconds, 1)
     return {
         "claim": "the numbers of a report are those of its pictures, outside and inside ComfyUI",
         "setting": f"prompt pairs of each of {' and '.join(CATEGORIES)}: {PAIRS}; experts of 48 pairs, recipe "
@@ -94,12 +92,10 @@ def write_prompts(path: Path, pairs_per_category: int) -> Path:
     return path
 
 
-def evaluate(words: list, folder: Path) -> float:
-    """Run the command line as a user does; return seconds."""
-    start = time.perf_counter()
+def evaluate(words: list, folder: Path) -> None:
+    """Run the command line as a user does."""
     command = [sys.executable, ROOT / "cli.py", *words, "--out", folder]
     subprocess.run([str(word) for word in command], check=True)
-    return time.perf_counter() - start
 
 
 def recounted(folder: Path) -> dict:
