@@ -38,7 +38,7 @@ def test_they_begin_as_a_word(tower):
 
 @pytest.mark.slow
 def test_training_prefers_the_chosen_image_and_leaves_the_model_alone(small, tmp_path):
-    recipe = load_recipe("toy", [*FAST, "steps=6", "learning_rate=0.05", "sft_weight=0", "anchor_weight=0"])
+    recipe = load_recipe("toy", [*FAST, "steps=4", "learning_rate=0.05", "sft_weight=0", "anchor_weight=0"])
     records = train_soft_prompt(small.open_checkpoint(), small.dataset, recipe, tmp_path / "soft.safetensors")
     again = train_soft_prompt(small.open_checkpoint(), small.dataset, recipe, tmp_path / "again.safetensors")
     assert again == records
