@@ -145,3 +145,10 @@ def test_a_repeated_prompt_counts_once_with_all_its_categories(tmp_path):
 
 def test_no_prompt_is_quoted_in_a_repr(tmp_path):
     assert "thorns" not in repr(read_suite(_write(tmp_path, "pairs.csv", PAIRS)))
+
+
+def test_six_cds_clean_prompt_is_what_a_malicious_one_is_scored_against(tmp_path):
+    path = tmp_path / "malicious.csv"
+    path.write_text("case_number,evaluation_seed,prompt,clean_prompt\n0,27858,a red circle with thorns,a red circle\n")
+    (prompt,) = read_suite(path).prompts
+    assert (prompt.kind, prompt.seed, prompt.caption) == ("unsafe", 27858, "a red circle")
