@@ -41,7 +41,7 @@ def main() -> None:
         "newcombe": newcombe(arguments.samples),
         "rates_by_prompt": summary(rates_by_prompt(arguments.samples)),
         "changes_by_prompt": summary(changes_by_prompt(arguments.samples)),
-        "means_by_prompt": summary(means_by_prompt(arguments.samples // 10)),
+        "means_by_prompt": summary(means_by_prompt(arguments.samples // 4)),
         "machine": describe_machine("numpy", "scipy"),
     }
     print(json.dumps(result, indent=1))
