@@ -37,9 +37,12 @@ format: $(INSTALLED)  ## put the code into the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## every benchmark that runs on this machine, two hours on 2 cores, into benchmarks/results
+# These want folders or other programs to measure, or run for days; each says how at its top.
+APART := alignment first_hour gguf_models guards install recount
+
+bench: $(INSTALLED)  ## every benchmark that needs nothing but this machine, hours on 2 cores, into benchmarks/results
 	@$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --editable '.[bench]'
-	for script in $(filter-out benchmarks/alignment.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out $(APART:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 bench-alignment: $(INSTALLED)  ## safety alignment on the bench world, in pieces over days (ARGS="--list", "--minutes 60", "--write")
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/alignment.py $(ARGS)

@@ -7,6 +7,7 @@ what it costs. Intervals are Wilson's, 95 %, over pictures.
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from safety_experts.demo.experiments import sampler, toy_recipe
 from safety_experts.demo.toy_checkpoint import SCHEDULER, STEPS, ensure_toy_checkpoint
 from safety_experts.evaluation.machine import describe_machine
 from safety_experts.evaluation.statistics import wilson_interval
-from safety_experts.models.checkpoint import load_checkpoint
 from safety_experts.preferences.dataset import PreferenceDataset
 from safety_experts.toy.oracle import read_image
 from safety_experts.toy.world import SIZE_PX, prompt_for
@@ -29,12 +29,13 @@ RESULT = Path(__file__).resolve().parent / "results" / "soft_prompt.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the pairs and the embedding")
+    parser.add_argument("--work", type=Path, help="folder for the pairs and the embedding (default: a temporary one)")
     parser.add_argument("--vectors", type=int, default=4, help="tokens of the embedding (default: 4)")
     parser.add_argument("--set", nargs="+", default=["learning_rate=0.005"], help="changes of the toy recipe")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.work = arguments.work or Path(tempfile.mkdtemp())
     seconds, records = train(arguments)
     readings = draw(arguments.work)
     first, last = records[0], records[-1]
@@ -59,7 +60,7 @@ def train(arguments: argparse.Namespace) -> tuple[float, list]:
     (arguments.work / "embeddings").mkdir(exist_ok=True)
     started = time.process_time()
     records = train_soft_prompt(
-        load_checkpoint(ensure_toy_checkpoint()),
+        sampler().checkpoint,
         PreferenceDataset.open(arguments.work / "pairs"),
         toy_recipe(0, arguments.set),
         arguments.work / "embeddings" / f"{CATEGORY}.safetensors",
