@@ -1,5 +1,6 @@
 """What a single file and a diffusers folder answer alike once their family is known (meanings: checkpoint.py)."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from .family import Family
 from .noise_schedule import Noise
 
 
-class OpenedCheckpoint:
+class OpenedCheckpoint(ABC):
     """The common part of both Checkpoints."""
 
     path: Path
@@ -36,8 +37,9 @@ class OpenedCheckpoint:
         return self.sha256[:16]
 
     @property
+    @abstractmethod
     def sha256(self) -> str:
-        raise NotImplementedError
+        """Return the hash that names its weights."""
 
     def make_denoiser(
         self, model: nn.Module, autocast_dtype: torch.dtype | None = None, flow_error: FlowError = "velocity"
