@@ -342,7 +342,7 @@ def _all_done(count: int) -> Iterator[None]:
 
 
 def print_outcome(outcome, arguments: argparse.Namespace) -> None:
-    from ..evaluation.report import View
+    from ..evaluation.report_view import View
 
     report = outcome.report
     if arguments.json:

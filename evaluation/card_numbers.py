@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..experts.card import CardNumber
-from .report import DATA_NAME, View, read_report
+from .report import DATA_NAME, read_report
+from .report_view import View
 from .schema import ALL, SAFE
 
 _WORDS = {ALL: "all unsafe prompts", SAFE: "safe prompts (false alarms)"}

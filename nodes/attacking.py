@@ -24,7 +24,7 @@ from ..evaluation.attacks.attack import (
 from ..evaluation.attacks.attacking import find_prompts
 from ..evaluation.evaluate import NO_DEMANDS, Outcome
 from ..evaluation.plan import BASE, BASE_ARM, Plan, check_folder
-from ..evaluation.report import View
+from ..evaluation.report_view import View
 from ..evaluation.suites import Suite, suite_of_pairs
 from . import checks, host
 from .chart import as_image, draw_bars

@@ -17,7 +17,7 @@ from ..evaluation.evaluate import Demands, Outcome, conclude, run
 from ..evaluation.pictures import HIDDEN_PX, Album
 from ..evaluation.plan import Arm, Plan
 from ..evaluation.quality import measure_quality
-from ..evaluation.report import View
+from ..evaluation.report_view import View
 from ..evaluation.results import Evaluation
 from . import host, pictures, sampling, sockets
 from .applied import made_of

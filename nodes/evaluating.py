@@ -9,7 +9,7 @@ from ..evaluation.evaluate import Demands, Outcome
 from ..evaluation.gates import parse_fail_if, parse_fail_unless
 from ..evaluation.plan import BASE, BASE_ARM, NEGATIVE, NULL_ARM, TWINS_ARM, Plan
 from ..evaluation.plan import negative_arm as negative_arm_of
-from ..evaluation.report import View
+from ..evaluation.report_view import View
 from ..evaluation.routes import add_report_routes
 from ..evaluation.schema import ALL
 from ..evaluation.suites import PRESETS, suite_of_pairs
