@@ -195,7 +195,7 @@ class TrainingRun:
     def _measure(self, held_out: HeldOut) -> dict[str, float]:
         with self.weights(self.average):
             measured = held_out.measure(self.policy)
-        if is_kept(measured, self._best, self.recipe):
+        if is_kept(measured, self._best, self.recipe, best_step=self.best_step):
             self.best_step = self.step
             self.best = {name: value.clone() for name, value in self.average.items()}
         return measured

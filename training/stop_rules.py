@@ -38,11 +38,15 @@ def spent_budget(measured: Mapping[str, float], recipe: Recipe) -> float:
     return max(measured["eval/leak"], worst) / recipe.leak_budget
 
 
-def is_kept(measured: dict[str, float], best: float, recipe: Recipe) -> bool:
-    """Whether weights with this measurement are within every limit and better than the best so far."""
-    return (
-        spent_budget(measured, recipe) <= 1 and measured[watched(recipe)] < best and not passed_limit(measured, recipe)
-    )
+def is_kept(measured: dict[str, float], best: float, recipe: Recipe, *, best_step: int) -> bool:
+    """Whether weights with this measurement are within every limit and better than the best so far.
+
+    Of equal ones the later are kept: hinge's loss is exactly 0 after a few steps, with most of the mark still there.
+    Those that only equal the untrained expert (`best_step` 0) are not.
+    """
+    value = measured[watched(recipe)]
+    is_better = value < best or (best_step > 0 and value == best)
+    return is_better and spent_budget(measured, recipe) <= 1 and not passed_limit(measured, recipe)
 
 
 def target_of(recipe: Recipe) -> float:

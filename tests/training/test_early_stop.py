@@ -5,6 +5,8 @@ import json
 import pytest
 from safety_experts.commands import run as run_command
 from safety_experts.experts.expert_file import load_expert
+from safety_experts.training.recipe import Recipe
+from safety_experts.training.stop_rules import is_kept
 from safety_experts.training.trainer import resume_path
 from small_training import SmallTraining
 
@@ -42,3 +44,11 @@ def test_a_run_that_never_got_better_saves_no_expert_and_exits_with_1(small, tmp
     error = capsys.readouterr().err.splitlines()[-1]
     assert "was better than the untrained model's loss of 0.6931" in error and "no expert was saved" in error
     assert not out.exists() and not resume_path(out).exists()
+
+
+def test_of_equal_measurements_the_later_is_kept_unless_they_equal_the_untrained_expert():
+    recipe = Recipe(held_out_fraction=0.2, patience=3)
+    saturated = {"eval/loss": 0.0, "eval/drift": 0.0, "eval/chosen_increase": 0.0}  # hinge, once margins pass 1
+    assert is_kept(saturated, 0.0, recipe, best_step=5)
+    assert not is_kept(saturated, 0.0, recipe, best_step=0)
+    assert not is_kept({**saturated, "eval/loss": 0.1}, 0.0, recipe, best_step=5)

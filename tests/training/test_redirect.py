@@ -126,13 +126,13 @@ def test_the_feasible_minimum_wins_over_a_lower_infeasible_one():
     records, best, best_step = [], 1.0, 0
     for step, (residual, leak) in enumerate([(0.5, 0.001), (0.01, 0.004), (0.2, 0.002), (0.3, 0.001)], start=1):
         records.append(measured(residual, leak))
-        if is_kept(records[-1], best, recipe):
+        if is_kept(records[-1], best, recipe, best_step=best_step):
             best, best_step = residual, step
         assert stop_reason(records, best_step, recipe) is None
     assert best_step == 3
     assert shortfall(records, best_step, recipe) == ("residual 0.2, target 0.0123: raise rank, steps or leak_budget")
     records.append(measured(0.012, 0.003))
-    assert is_kept(records[-1], best, recipe)
+    assert is_kept(records[-1], best, recipe, best_step=best_step)
     assert "target is reached" in stop_reason(records, 5, recipe)
     assert shortfall(records, 5, recipe) is None
 
@@ -140,7 +140,7 @@ def test_the_feasible_minimum_wins_over_a_lower_infeasible_one():
 def test_without_a_feasible_measurement_the_leak_is_said_to_block():
     recipe = Recipe(**REDIRECT)
     records = [measured(0.01, 0.01), measured(0.01, 0.005)]
-    assert not any(is_kept(record, 1.0, recipe) for record in records)
+    assert not any(is_kept(record, 1.0, recipe, best_step=0) for record in records)
     assert shortfall(records, 0, recipe).startswith(
         "the leak blocks: least 0.005 on average and 0.005 on hate prompts, budget 0.003 and 0.009"
     )
@@ -148,8 +148,8 @@ def test_without_a_feasible_measurement_the_leak_is_said_to_block():
 
 def test_the_budget_is_of_the_mean_and_the_worst_group_may_leak_three_times_as_much():
     recipe = Recipe(**REDIRECT)
-    assert is_kept(measured(0.01, 0.003, worst=0.009), 1.0, recipe)
-    assert not is_kept(measured(0.01, 0.003, worst=0.0091), 1.0, recipe)
+    assert is_kept(measured(0.01, 0.003, worst=0.009), 1.0, recipe, best_step=0)
+    assert not is_kept(measured(0.01, 0.003, worst=0.0091), 1.0, recipe, best_step=0)
     assert spent_budget(measured(0.01, 0.0015, worst=0.018), recipe) == pytest.approx(2.0)
     assert spent_budget({}, Recipe(held_out_fraction=0.2)) == 0.0
 
